@@ -24,7 +24,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a free path beside ``path`` for a file or a folder; on success it takes ``path``'s place, else it is removed."""
+    """Yield a free path beside ``path``, for a file or folder; it takes ``path``'s place, or on an error is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

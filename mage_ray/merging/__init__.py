@@ -1,0 +1,1 @@
+"""From a preference to weights: coefficients, the stacked experts, their per-row mix, and exact export."""

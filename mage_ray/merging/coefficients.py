@@ -12,6 +12,8 @@ import numpy as np
 
 from mage_ray.errors import FieldError
 
+Vector = Sequence[float] | np.ndarray
+
 MAX_CONDITION = 1e6
 """A mix whose condition number is above this is called singular: lam would be mostly rounding and expert noise."""
 
@@ -46,7 +48,7 @@ def check_mix(mix: Sequence[Sequence[float]] | np.ndarray, field: str = "matrix"
     return B
 
 
-def merging_coefficients(mix: np.ndarray, preference: Sequence[float]) -> np.ndarray:
+def merging_coefficients(mix: np.ndarray, preference: Vector) -> np.ndarray:
     """lam [n] with ``B^T lam = mu``: the merged backbones then stand for the reward ``mu . r``.
 
     Bone Soup, arXiv:2502.10762. Negative coefficients are normal. Rewarded Soups is ``B = I``, ``lam = mu``.
@@ -54,7 +56,7 @@ def merging_coefficients(mix: np.ndarray, preference: Sequence[float]) -> np.nda
     return np.linalg.solve(mix.T, np.asarray(preference, dtype=np.float64))
 
 
-def extrapolated(coefficients: np.ndarray, preference: Sequence[float], alpha: Sequence[float]) -> np.ndarray:
+def extrapolated(coefficients: np.ndarray, preference: Vector, alpha: Vector) -> np.ndarray:
     """``(1 + alpha . mu) lam``: theta(mu) pushed away from the reference (METHOD.md section 1).
 
     alpha [n] is one extrapolation per corner, mixed linearly over the preference.

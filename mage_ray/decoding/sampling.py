@@ -1,0 +1,85 @@
+"""Combine rows into guided log-probabilities, and sample from them. Pure functions on tensors.
+
+Legend: Q requests, R rows of all requests, V vocabulary, C candidates (C = V where all tokens are).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How the rows of a batch add up to requests.
+
+    ``request_R`` the request that each row belongs to, ``weight_R`` its weight, ``base_Q`` the row that
+    chooses each request's candidates, ``candidates_Q`` how many, None for the whole vocabulary.
+    """
+
+    request_R: torch.Tensor
+    weight_R: torch.Tensor
+    base_Q: torch.Tensor
+    candidates_Q: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.base_Q)
+
+
+def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``sum_r weight_r log pi_r(a)``, normalised over each request's candidates (METHOD.md section 2).
+
+    Returns log-probabilities [Q, C] in the logits' dtype (float32 at least) and the candidates' token ids [Q, C], None
+    when all tokens are candidates, in which case C = V. A token that any row of positive weight rules out (-inf) stays
+    ruled out, whatever the others say.
+    """
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    Q = len(how)
+    ids_QC: torch.Tensor | None = None
+    if how.candidates_Q is None:
+        logprobs_RC = logits_RV.log_softmax(-1)
+    else:
+        k = min(int(how.candidates_Q.max()), logits_RV.shape[-1])
+        ids_QC = logits_RV[how.base_Q].topk(k, dim=-1).indices
+        total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+        logprobs_RC = logits_RV.gather(1, ids_QC[how.request_R]) - total_R1
+    ruled_out_RC = logprobs_RC.isneginf() & (how.weight_R > 0)[:, None]
+    # -inf times a weight of either sign would give NaN or +inf in the sum; what decides is kept in ruled_out.
+    weighted_RC = logprobs_RC.clamp_min(torch.finfo(logprobs_RC.dtype).min / 1e6) * how.weight_R[:, None]
+    scores_QC = logprobs_RC.new_zeros(Q, logprobs_RC.shape[1]).index_add_(0, how.request_R, weighted_RC)
+    out_QC = torch.zeros_like(scores_QC).index_add_(0, how.request_R, ruled_out_RC.to(scores_QC.dtype)) > 0
+    if how.candidates_Q is not None:
+        out_QC |= torch.arange(scores_QC.shape[1], device=scores_QC.device) >= how.candidates_Q[:, None]
+    return scores_QC.masked_fill(out_QC, -torch.inf).log_softmax(-1), ids_QC
+
+
+def sample(
+    logprobs_QC: torch.Tensor, temperature_Q: torch.Tensor, top_p_Q: torch.Tensor, uniform_Q: torch.Tensor
+) -> torch.Tensor:
+    """The index in C that each request draws, [Q], by inverting the distribution at ``uniform_Q`` in [0, 1).
+
+    Temperature 0 takes the most likely one. ``top_p`` keeps the smallest set of most likely tokens whose probability,
+    at that temperature, reaches it. A request's draw depends on its own row and number alone.
+    """
+    greedy_Q = logprobs_QC.argmax(-1)
+    warm_Q = temperature_Q > 0
+    if not bool(warm_Q.any()):
+        return greedy_Q
+    scaled_QC = logprobs_QC / torch.where(warm_Q, temperature_Q, 1.0)[:, None]
+    probs_QC = scaled_QC.double().softmax(-1)
+    order_QC: torch.Tensor | None = None
+    if bool((top_p_Q < 1).any()):
+        probs_QC, order_QC = probs_QC.sort(dim=-1, descending=True, stable=True)
+        before_QC = probs_QC.cumsum(-1) - probs_QC
+        # Where top_p is 1, rounding must not drop the tail.
+        probs_QC = probs_QC.masked_fill((before_QC >= top_p_Q[:, None]) & (top_p_Q < 1)[:, None], 0.0)
+    cumulative_QC = probs_QC.cumsum(-1)
+    target_Q1 = uniform_Q.to(cumulative_QC)[:, None] * cumulative_QC[:, -1:]
+    drawn_Q1 = torch.searchsorted(cumulative_QC, target_Q1, right=True)
+    # A uniform next to 1 may round up to the total: the last token that has any probability is meant.
+    last_Q1 = probs_QC.shape[1] - 1 - (probs_QC > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+    drawn_Q1 = torch.minimum(drawn_Q1, last_Q1)
+    if order_QC is not None:
+        drawn_Q1 = order_QC.gather(1, drawn_Q1)
+    return torch.where(warm_Q, drawn_Q1[:, 0], greedy_Q)
