@@ -1,0 +1,59 @@
+"""DPO on pairs of tokens as they were sampled (TRL's trainer; arXiv:2305.18290)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mage_ray.models import load_model, load_tokenizer
+from mage_ray.training.pairs import Pair, Sample
+from mage_ray.training.worker import Continued, Run, lora_config
+
+if TYPE_CHECKING:
+    from mage_ray.chat import Chat
+
+
+def dpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
+    """A DPOTrainer for the steps after ``done``. ``kl_strength`` is DPO's beta.
+
+    The reference's log-probabilities come with the data, so that no step has to run the reference model.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    from mage_ray.chat import Chat
+
+    class Trainer(Continued, DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset  # It holds tokens; TRL would add an end to those that were cut short.
+
+    spec = run.study.training
+    # Before the model: with ZeRO-3 the arguments make from_pretrained partition the weights as it reads them.
+    config = DPOConfig(**arguments, max_length=None, train_sampling_strategy="sequential")
+    dtype = "bfloat16" if arguments["bf16"] else "float32"
+    model, tokenizer = load_model(run.study.model, dtype), load_tokenizer(run.study.model)
+    pairs = run.pairs[done * spec.batch_size : spec.steps * spec.batch_size]
+    data = Dataset.from_list(list(_tokens(pairs, Chat(tokenizer, model), run.reference)))
+    set_seed(run.study.seed)  # All experts of a study start from one LoRA initialisation: their merge rests on it.
+    trainer = Trainer(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(run.study)
+    )
+    trainer.precompute_ref_logps = True
+    trainer.done, trainer.steps = done, spec.steps
+    return trainer
+
+
+def _tokens(pairs: Iterable[Pair], chat: Chat, reference: Mapping[Sample, float]) -> Iterable[dict[str, Any]]:
+    prompts: dict[str, list[int]] = {}
+    for pair in pairs:
+        text = pair.chosen.prompt
+        if text not in prompts:
+            prompts[text] = list(chat.encode(text))
+        yield {
+            "prompt_ids": prompts[text],
+            "chosen_ids": list(pair.chosen.ids),
+            "rejected_ids": list(pair.rejected.ids),
+            "ref_chosen_logps": reference[pair.chosen],
+            "ref_rejected_logps": reference[pair.rejected],
+        }

@@ -1,0 +1,102 @@
+"""The reference model's log-probabilities of samples: computed once, shared by all experts that train on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mage_ray.cluster import run_shards
+from mage_ray.errors import UserError
+from mage_ray.files import atomic_path
+from mage_ray.models import load_model, load_tokenizer
+from mage_ray.study import Study
+from mage_ray.training.pairs import Sample
+from mage_ray.training.worker import uses_bfloat16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mage_ray.chat import Chat
+
+_SHARD = 128
+_ROWS = 8
+"""Sequences at once; each brings its logits over the whole vocabulary with it."""
+
+
+def reference_logps(study: Study, checkpoints: Path, samples: Sequence[Sample]) -> dict[Sample, float]:
+    """Natural-log probability of each sample's answer given its prompt, over Ray workers; kept in ``checkpoints``.
+
+    Killed and started again, it computes what is missing. Ray must be connected. Raises UserError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    # Neighbours of one length waste little on padding.
+    unique = sorted(set(samples), key=lambda sample: (len(sample.prompt) + len(sample.ids), sample))
+    digest = hashlib.sha256(json.dumps([study.model, study.training.precision, unique]).encode()).hexdigest()[:16]
+    place = checkpoints / f"reference-{digest}"
+    shards = [
+        (place / f"shard-{i:05d}.safetensors", unique[i * _SHARD : (i + 1) * _SHARD])
+        for i in range(-(-len(unique) // _SHARD))
+    ]
+    run_shards(
+        _shards_logps,
+        [shard for shard in shards if not shard[0].exists()],
+        (study,),
+        workers=study.rollouts.workers,
+        gpus_per_worker=study.training.gpus_per_worker,
+        on_progress=lambda _: None,
+    )
+    logps: dict[Sample, float] = {}
+    for path, part in shards:
+        try:
+            values = load_file(path)["logps"].tolist()
+            logps |= dict(zip(part, values, strict=True))
+        except (OSError, SafetensorError, KeyError, ValueError):
+            raise UserError(f"{path}: damaged; delete it, and the next run makes it again") from None
+    return logps
+
+
+def _shards_logps(study: Study, shards: Sequence[tuple[Path, Sequence[Sample]]]) -> Iterator[int]:
+    """In a Ray worker: one file for each shard."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mage_ray.chat import Chat
+
+    device = "cuda" if study.training.gpus_per_worker > 0 else None
+    model = load_model(study.model, "bfloat16" if uses_bfloat16(study.training) else "float32", device)
+    chat = Chat(load_tokenizer(study.model), model)
+    for path, samples in shards:
+        values = torch.tensor(sample_logps(model, chat, samples), dtype=torch.float64)
+        with atomic_path(path) as partial:
+            save_file({"logps": values}, partial)
+        yield len(samples)
+
+
+def sample_logps(model: PreTrainedModel, chat: Chat, samples: Sequence[Sample]) -> list[float]:
+    """``log pi(answer | prompt)`` of each sample under ``model``, summed over the answer's tokens."""
+    import torch
+
+    logps: list[float] = []
+    for start in range(0, len(samples), _ROWS):
+        rows = [(list(chat.encode(sample.prompt)), list(sample.ids)) for sample in samples[start : start + _ROWS]]
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+        mask_BT, answer_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids_BT[row, :end] = torch.tensor(prompt + answer)
+            mask_BT[row, :end] = 1
+            answer_BT[row, len(prompt) : end] = True
+        ids_BT, mask_BT, answer_BT = (t.to(model.device) for t in (ids_BT, mask_BT, answer_BT))
+        with torch.inference_mode():
+            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+            picked_NV = logits_BTV[answer_BT[:, 1:]].float()
+            picked_N = picked_NV.gather(1, ids_BT[:, 1:][answer_BT[:, 1:]][:, None])[:, 0] - picked_NV.logsumexp(1)
+        at_B = answer_BT[:, 1:].sum(1).tolist()
+        logps += [float(part.sum()) for part in picked_N.split(at_B)]
+    return logps
