@@ -1,0 +1,174 @@
+"""Prompts: the first turns that the models are asked to answer, from our own list, a file, or a hub dataset.
+
+The list in ``data/prompts.jsonl`` was written for this project and has its license, Apache-2.0.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mage_ray.errors import FieldError
+
+COLUMNS = ("prompt", "messages", "chosen")
+"""Where a record's prompt is looked for, in this order, when the column isn't named."""
+
+_SOURCES = "builtin, a file that ends in .jsonl or .jsonl.gz, or a hub dataset such as Anthropic/hh-rlhf"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A first turn. ``id`` is a hash of its words: texts that differ only in case or white space share it."""
+
+    id: str
+    text: str
+
+
+def make_prompt(text: str) -> Prompt:
+    """The prompt of a text, without the white space around it."""
+    words = " ".join(text.casefold().split())
+    return Prompt(hashlib.sha256(words.encode()).hexdigest()[:16], text.strip())
+
+
+def load_prompts(
+    source: str, limit: int | None = None, *, split: str = "train", column: str | None = None, seed: int = 0
+) -> list[Prompt]:
+    """The prompts of ``source``, each once, in its order.
+
+    ``source`` is ``builtin`` (our list), a path to a ``.jsonl`` or ``.jsonl.gz`` file, or the id of a hub dataset, of
+    which ``split`` is read. A record's prompt is in ``column``, or else in the first of ``COLUMNS`` that it has: a
+    text, a dialogue in the style of HH-RLHF (``\\n\\nHuman: ... \\n\\nAssistant: ...``) or a list of chat messages; of
+    a dialogue, the first human turn is taken.
+
+    With ``limit``, at most that many are kept; which ones depends on the seed and on each prompt alone, so that the
+    order of the source doesn't matter and a smaller limit gives a subset.
+
+    Raises FieldError ``prompts.<option>``, and ``<file>, line <n>`` for a record that holds no prompt. Errors never
+    quote a prompt.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise FieldError("prompts.limit", limit, "a whole number, 1 or more")
+    if source == "builtin":
+        lines = (resources.files("mage_ray") / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = _texts(_parse(lines, "builtin"), column)
+    elif source.endswith((".jsonl", ".jsonl.gz")):
+        texts = _texts(_parse(_read_lines(Path(source).expanduser()), Path(source).name), column)
+    else:
+        texts = _texts(_read_hub(source, split), column)
+    prompts = list({prompt.id: prompt for prompt in reversed([make_prompt(text) for text in texts])}.values())[::-1]
+    if not prompts:
+        raise FieldError("prompts.source", source, "a source with at least one prompt")
+    if limit is None:
+        return prompts
+    kept = {prompt.id for prompt in _shuffled(prompts, seed)[:limit]}
+    return [prompt for prompt in prompts if prompt.id in kept]
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], train: int, evaluation: int, seed: int = 0
+) -> tuple[list[Prompt], list[Prompt]]:
+    """``train`` prompts to train on and ``evaluation`` others to evaluate on, chosen by the seed and their content.
+
+    The order of ``prompts`` doesn't matter. The two are taken from opposite ends of one shuffled list: a prompt that
+    was trained on under one pair of sizes is not evaluated on under another, as long as the larger training set and
+    the larger evaluation set fit side by side.
+
+    Raises FieldError ``prompts.train`` or ``prompts.evaluation``: less than 1, or more than there are prompts.
+    """
+    for name, size in (("train", train), ("evaluation", evaluation)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise FieldError(f"prompts.{name}", size, "a whole number, 1 or more")
+    shuffled = _shuffled({prompt.id: prompt for prompt in prompts}.values(), seed)
+    if train + evaluation > len(shuffled):
+        allowed = f"train + evaluation up to {len(shuffled)}, the number of different prompts in the source"
+        raise FieldError("prompts.train", f"{train} (and evaluation {evaluation})", allowed)
+    return shuffled[::-1][:train], shuffled[:evaluation]
+
+
+def _shuffled(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest())
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+        # Not str.splitlines(): it also splits at characters that JSON allows inside a string.
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise FieldError("prompts.source", str(path), "a file that exists") from None
+    except UnicodeDecodeError:
+        raise FieldError("prompts.source", str(path), "a file in UTF-8") from None
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FieldError("prompts.source", str(path), f"a file that can be read ({reason})") from None
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _parse(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
+    """Each line's record, with the place to name in an error."""
+    for number, line in enumerate(lines, start=1):
+        place = f"{source}, line {number}"
+        if not line.strip():
+            raise FieldError(place, "an empty line", "a JSON object on every line")
+        try:
+            yield place, json.loads(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", "a number that is too long")
+            raise FieldError(place, f"no JSON ({reason})", "a JSON object on every line") from None
+
+
+def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source:
+        raise FieldError("prompts.source", source, _SOURCES)
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, split=split)
+    except Exception as error:  # The hub's errors are of many kinds: no such dataset, no network, no such split.
+        first_line = str(error).strip().split("\n")[0]
+        raise FieldError("prompts.source", source, f"{_SOURCES} ({type(error).__name__}: {first_line})") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", row
+
+
+def _texts(records: Iterable[tuple[str, Any]], column: str | None) -> Iterator[str]:
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise FieldError(place, f"a {type(record).__name__}", "a JSON object")
+        names = [column] if column is not None else COLUMNS
+        found = next((name for name in names if name in record), None)
+        if found is None:
+            columns = ", ".join(map(str, record)) or "none"
+            raise FieldError(place, f"the columns {columns}", f"a column {' or '.join(names)}")
+        text = _first_turn(record[found])
+        if text is None or not text.strip():
+            allowed = "a text, a dialogue that begins with a human turn, or a list of messages with a user turn"
+            raise FieldError(f"{place}, {found}", "no prompt" if text is None else "an empty prompt", allowed)
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise FieldError(f"{place}, {found}", "half a surrogate pair", "text that can be written as UTF-8")
+        yield text
+
+
+def _first_turn(value: Any) -> str | None:
+    """The first human turn of a text, an HH-style dialogue or a list of messages; None where there is none."""
+    if isinstance(value, list):
+        for message in value:
+            if isinstance(message, dict) and message.get("role") == "user":
+                content = message.get("content")
+                return content if isinstance(content, str) else None
+        return None
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    if not text.startswith("Human:"):
+        return text
+    text = text.removeprefix("Human:")
+    for marker in ("\n\nHuman:", "\n\nAssistant:"):
+        text = text.partition(marker)[0]
+    return text
