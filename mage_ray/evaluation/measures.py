@@ -56,13 +56,10 @@ def hypervolume(points_MN: ArrayLike, reference_point_N: ArrayLike) -> Floats:
     from pymoo.indicators.hv import HV
 
     points = _points(points_MN)
-    reference = np.asarray(reference_point_N, dtype=np.float64)
-    indicator = HV(ref_point=-reference)
+    indicator = HV(ref_point=-np.asarray(reference_point_N, dtype=np.float64))
     volumes = np.zeros(points.shape[:-2])
     for index in np.ndindex(volumes.shape):
-        useful = points[index][(points[index] > reference).all(-1)]
-        if len(useful):
-            volumes[index] = indicator(-useful)
+        volumes[index] = indicator(-points[index]) if points.shape[-2] else 0.0
     return volumes[()]
 
 

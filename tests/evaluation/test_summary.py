@@ -67,9 +67,10 @@ def test_intervals_contain_their_values(samples: pd.DataFrame) -> None:
 
 
 def test_a_method_without_an_axis_serves_every_preference_with_its_one_point(samples: pd.DataFrame) -> None:
-    reference = summary_of(samples).method("reference")
-    everywhere = np.repeat(reference.points, len(GRID_2), axis=0)
-    assert reference.measures["inner_product"].value == pytest.approx(measures.inner_product(GRID_2, everywhere))
+    leaning = samples[samples["point"] < 4]  # a grid whose mean is not the even preference
+    reference = summary_of(leaning).method("reference")
+    everywhere = np.repeat(reference.points, 4, axis=0)
+    assert reference.measures["inner_product"].value == pytest.approx(measures.inner_product(GRID_2[:4], everywhere))
     assert math.isnan(reference.measures["controllability"].value)
     assert math.isnan(reference.measures["sparsity"].low)
 
@@ -77,13 +78,12 @@ def test_a_method_without_an_axis_serves_every_preference_with_its_one_point(sam
 @pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:
     # Noise of the size of the front itself: here plain percentiles hold the hypervolume in 3 of 4 runs only.
-    truth = {"a": front(1.0, GRID_2[::2]), "b": front(1.1, GRID_2[::2])}
-    grid = GRID_2[::2]
+    truth = {"a": front(1.0, GRID_2), "b": front(1.1, GRID_2)}
     volumes = {name: measures.hypervolume(points, [-1, -1]) for name, points in truth.items()}
-    wish = measures.inner_product(grid, truth["a"])
+    wish = measures.inner_product(GRID_2, truth["a"])
     runs, hits = 60, np.zeros(4)
     for run in range(runs):
-        samples = make_samples(truth, grid, prompts=32, seeds=1, prompt_noise=0.8, noise=0.8, seed=run)
+        samples = make_samples(truth, GRID_2, prompts=32, seeds=1, prompt_noise=1.0, noise=1.0, seed=run)
         summary = summary_of(samples, seed=run)
         a = summary.method("a")
         volume, product = a.measures["hypervolume"], a.measures["inner_product"]
