@@ -46,12 +46,12 @@ class PromptSpec(_Part):
 
 class SamplingSpec(_Part):
     max_new_tokens: Positive = 64
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class RolloutSpec(SamplingSpec):
-    samples_per_prompt: int = Field(8, ge=2)
+    samples_per_prompt: int = Field(default=8, ge=2)
     prompts_per_shard: Positive = 16
     batch_rows: Positive = 64
     workers: Positive = 1
@@ -59,8 +59,8 @@ class RolloutSpec(SamplingSpec):
 
 class LoraSpec(_Part):
     rank: Positive = 16
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rank_stabilised: bool = False
     targets: str | list[str] = "all-linear"
 
@@ -97,17 +97,17 @@ class TrainingSpec(_Part):
     """How often: the first round trains on the reference's pool, each further one on samples of the expert itself."""
     batch_size: Positive = 8
     """Pairs (DPO) or completions (GRPO) a step, over all workers."""
-    learning_rate: float = Field(1e-4, gt=0)
-    kl_strength: float = Field(0.1, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    kl_strength: float = Field(default=0.1, ge=0)
     """DPO's and GRPO's own ``beta``: the price of leaving the reference."""
     pairs_per_prompt: Positive = 2
-    generations_per_prompt: int = Field(4, ge=2)
+    generations_per_prompt: int = Field(default=4, ge=2)
     """GRPO's group size."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     workers: Positive = 1
     """Ray Train workers for each expert."""
     cpus_per_worker: Positive = 1
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
     parallel_experts: Positive = 1
     """How many experts train at once, where the cluster has room."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -119,7 +119,7 @@ class GuidanceSpec(_Part):
     """The backbones whose soup is the base model."""
     guide: Name = "soup"
     """The backbones that serve as implicit value models."""
-    strength: float = Field(1.0, ge=0)
+    strength: float = Field(default=1.0, ge=0)
     candidates: Positive = 50
     """The guide re-ranks this many of the base's most likely tokens."""
     extrapolation: float | dict[str, float] = 0.5
@@ -149,7 +149,7 @@ class Study(_Part):
     """Everything that a job needs to know, apart from where the study folder lies."""
 
     name: str = "study"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: str = "smollm2-135m-instruct"
     """The embedded model's name, a local folder, or a hub id of a decoder-only model."""
     dtype: Literal["float32", "bfloat16"] = "float32"

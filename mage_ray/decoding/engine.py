@@ -131,6 +131,7 @@ def _group(running: list[Running], device: torch.device) -> _Group:
         candidates_Q=None
         if plans[0].candidates is None
         else torch.tensor([plan.candidates for plan in plans], device=device),
+        plain=all(plan.weights == (1.0,) for plan in plans),
     )
     return _Group(
         running=running,

@@ -22,6 +22,8 @@ class Combination:
     weight_R: torch.Tensor
     base_Q: torch.Tensor
     candidates_Q: torch.Tensor | None
+    plain: bool = False
+    """Whether every request is one row of weight 1, in order: nothing to add up then."""
 
     def __len__(self) -> int:
         return len(self.base_Q)
@@ -35,23 +37,36 @@ def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Te
     ruled out, whatever the others say.
     """
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    Q = len(how)
     ids_QC: torch.Tensor | None = None
     if how.candidates_Q is None:
-        logprobs_RC = logits_RV.log_softmax(-1)
+        logits_RC = logits_RV
     else:
-        k = min(int(how.candidates_Q.max()), logits_RV.shape[-1])
-        ids_QC = logits_RV[how.base_Q].topk(k, dim=-1).indices
-        total_R1 = logits_RV.logsumexp(-1, keepdim=True)
-        logprobs_RC = logits_RV.gather(1, ids_QC[how.request_R]) - total_R1
-    ruled_out_RC = logprobs_RC.isneginf() & (how.weight_R > 0)[:, None]
-    # -inf times a weight of either sign would give NaN or +inf in the sum; what decides is kept in ruled_out.
-    weighted_RC = logprobs_RC.clamp_min(torch.finfo(logprobs_RC.dtype).min / 1e6) * how.weight_R[:, None]
-    scores_QC = logprobs_RC.new_zeros(Q, logprobs_RC.shape[1]).index_add_(0, how.request_R, weighted_RC)
-    out_QC = torch.zeros_like(scores_QC).index_add_(0, how.request_R, ruled_out_RC.to(scores_QC.dtype)) > 0
+        ids_QC = logits_RV[how.base_Q].topk(min(int(how.candidates_Q.max()), logits_RV.shape[1]), dim=-1).indices
+        logits_RC = logits_RV.gather(1, ids_QC[how.request_R])
+    scores_QC = _weighted_sum(logits_RC, how)
     if how.candidates_Q is not None:
-        out_QC |= torch.arange(scores_QC.shape[1], device=scores_QC.device) >= how.candidates_Q[:, None]
-    return scores_QC.masked_fill(out_QC, -torch.inf).log_softmax(-1), ids_QC
+        beyond_QC = torch.arange(scores_QC.shape[1], device=scores_QC.device) >= how.candidates_Q[:, None]
+        scores_QC = scores_QC.masked_fill(beyond_QC, -torch.inf)
+    return scores_QC.log_softmax(-1), ids_QC
+
+
+def _weighted_sum(logits_RC: torch.Tensor, how: Combination) -> torch.Tensor:
+    """Each request's weighted sum of its rows' logits, [Q, C].
+
+    A row's log-probabilities are its logits less a constant, and constants go when the sum is normalised: rows need no
+    normalising of their own.
+    """
+    if how.plain:
+        return logits_RC
+    zeros_QC = logits_RC.new_zeros(len(how), logits_RC.shape[1])
+    scores_QC = zeros_QC.index_add(0, how.request_R, logits_RC * how.weight_R[:, None])
+    if bool(scores_QC.sum().isfinite()):
+        return scores_QC
+    # -inf times a weight of either sign would decide the sum; who may rule a token out is told apart instead.
+    ruled_out_RC = (logits_RC.isneginf() & (how.weight_R > 0)[:, None]).to(logits_RC.dtype)
+    bounded_RC = logits_RC.clamp_min(torch.finfo(logits_RC.dtype).min / 1e6)
+    scores_QC = zeros_QC.index_add(0, how.request_R, bounded_RC * how.weight_R[:, None])
+    return scores_QC.masked_fill(zeros_QC.index_add(0, how.request_R, ruled_out_RC) > 0, -torch.inf)
 
 
 def sample(
@@ -62,12 +77,13 @@ def sample(
     Temperature 0 takes the most likely one. ``top_p`` keeps the smallest set of most likely tokens whose probability,
     at that temperature, reaches it. A request's draw depends on its own row and number alone.
     """
-    greedy_Q = logprobs_QC.argmax(-1)
     warm_Q = temperature_Q > 0
     if not bool(warm_Q.any()):
-        return greedy_Q
-    scaled_QC = logprobs_QC / torch.where(warm_Q, temperature_Q, 1.0)[:, None]
-    probs_QC = scaled_QC.double().softmax(-1)
+        return logprobs_QC.argmax(-1)
+    if bool((temperature_Q == 1).all()):
+        probs_QC = logprobs_QC.exp()
+    else:
+        probs_QC = (logprobs_QC / torch.where(warm_Q, temperature_Q, 1.0)[:, None]).softmax(-1)
     order_QC: torch.Tensor | None = None
     if bool((top_p_Q < 1).any()):
         probs_QC, order_QC = probs_QC.sort(dim=-1, descending=True, stable=True)
@@ -82,4 +98,6 @@ def sample(
     drawn_Q1 = torch.minimum(drawn_Q1, last_Q1)
     if order_QC is not None:
         drawn_Q1 = order_QC.gather(1, drawn_Q1)
-    return torch.where(warm_Q, drawn_Q1[:, 0], greedy_Q)
+    if bool(warm_Q.all()):
+        return drawn_Q1[:, 0]
+    return torch.where(warm_Q, drawn_Q1[:, 0], logprobs_QC.argmax(-1))

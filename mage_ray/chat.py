@@ -1,0 +1,46 @@
+"""Between text and tokens: one user turn in, the answer out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_UNFINISHED = "�"
+"""What decoding shows in place of a character of which only some bytes are there yet."""
+
+
+class Chat:
+    """A model's tokenizer and chat template. A model without a template gets the bare text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self.tokenizer = tokenizer
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        listed = ends if isinstance(ends, list) else [ends]
+        self.stop = tuple(sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None}))
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a conversation that opens with ``prompt`` and waits for the answer."""
+        if self.tokenizer.chat_template is None:
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, without special ones."""
+        return str(self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True))
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The same text, piece by piece as tokens come; a piece never ends within a character."""
+        seen: list[int] = []
+        shown = ""
+        for token in ids:
+            seen.append(token)
+            text = self.decode(seen)
+            if not text.endswith(_UNFINISHED) and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+        rest = self.decode(seen)[len(shown) :]
+        if rest:
+            yield rest

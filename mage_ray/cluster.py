@@ -1,0 +1,87 @@
+"""Ray for jobs: connect to the cluster that is there or start one here, and run shards with visible progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mage_ray.errors import UserError
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Within it, Ray is there: the cluster that ``RAY_ADDRESS`` or a submitted job names, or one of this machine's own.
+
+    A cluster that is started here listens on loopback only and ends with the block.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ours = "RAY_ADDRESS" not in os.environ
+    local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if ours else {}
+    # A worker finds programs (ninja, for one) where this process would.
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([scripts, *os.environ.get("PATH", "").split(os.pathsep)])
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_shards(
+    work: Callable[..., Iterator[int]],
+    shards: Sequence[Any],
+    common: Sequence[Any],
+    *,
+    workers: int,
+    gpus_per_worker: float,
+    on_progress: Callable[[int], None],
+) -> None:
+    """Deal ``shards`` to ``workers`` Ray tasks ``work(*common, [its shards])`` that share the cluster's CPUs.
+
+    ``work`` yields how many items it has finished since it last did; ``on_progress`` is told. A task whose worker died
+    is started again, so ``work`` must skip what is already done. Raises the UserError that a task raised, or UserError
+    when a task died for good.
+    """
+    import ray
+
+    if not shards:
+        return
+    workers = min(workers, len(shards))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
+    task: Any = ray.remote(_with_threads).options(
+        num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=3, num_returns="streaming"
+    )
+    dealt = [list(shards[i::workers]) for i in range(workers)]
+    streams: list[Any] = [task.remote(work, cpus, *common, share) for share in dealt]
+    try:
+        while streams:
+            ready, _ = ray.wait(streams, num_returns=1)
+            for stream in ready:
+                try:
+                    on_progress(ray.get(next(stream)))
+                except StopIteration:
+                    streams.remove(stream)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, UserError) else error) from None
+    except ray.exceptions.RayError as error:
+        raise UserError(f"a worker was lost: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        for stream in streams:
+            ray.cancel(stream, force=True)
+
+
+def _with_threads(work: Callable[..., Iterator[int]], cpus: int, *arguments: Any) -> Iterator[int]:
+    import torch
+
+    torch.set_num_threads(cpus)
+    yield from work(*arguments)

@@ -1,0 +1,160 @@
+"""Generator: a study's model and experts, ready to answer any prompt at any preference. The library's front door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mage_ray.chat import Chat
+from mage_ray.decoding.engine import Engine
+from mage_ray.decoding.plan import Backbones, Plan, Row, Setup, plan_for
+from mage_ray.decoding.request import FinishReason, Request, Sampling
+from mage_ray.decoding.runner import RowRunner
+from mage_ray.errors import UserError
+from mage_ray.merging.adapter import Adapter, load_adapter
+from mage_ray.merging.bank import AdapterBank
+from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from mage_ray.preference import check_preference, named_preference
+from mage_ray.study import Study, StudyFolder
+
+Weights = Mapping[str, float] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. ``logprobs`` are of the guided distribution at temperature 1, one for each of ``ids``."""
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: FinishReason
+
+
+class Generator:
+    """Decodes with a model and the backbone sets of a study.
+
+    ``rows`` rows of up to ``length`` tokens (prompt and answer) run at once; a request needs as many as its plan has.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        experts: Mapping[str, Sequence[Adapter]],
+        *,
+        rows: int = 64,
+        length: int = 1024,
+        device: str | None = None,
+    ) -> None:
+        self.study = study
+        model = load_model(study.model, study.dtype, device)
+        tokenizer = load_tokenizer(study.model)
+        adapters = [adapter for members in experts.values() for adapter in members]
+        if adapters:
+            origin = model_fingerprint(model), tokenizer_fingerprint(tokenizer)
+            for adapter in adapters:
+                adapter.check_origin(*origin)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        runner = RowRunner(model, AdapterBank(adapters), rows, min(length, limit or length))
+        self.chat = Chat(tokenizer, model)
+        self.engine = Engine(runner, self.chat.stop)
+        index = {id(adapter): k for k, adapter in enumerate(adapters)}
+        n = len(study.objectives)
+        self.setup = Setup(
+            size=len(adapters),
+            sets={
+                name: Backbones(tuple(index[id(a)] for a in members), study.training.backbones[name].mix(n))
+                for name, members in experts.items()
+            },
+            base=study.guidance.base,
+            guide=study.guidance.guide,
+            strength=study.guidance.strength,
+            candidates=study.guidance.candidates,
+            extrapolation=tuple(study.extrapolation()),
+        )
+
+    @classmethod
+    def open(cls, folder: Path | str, *, rows: int = 64, length: int = 1024, device: str | None = None) -> Generator:
+        """The generator of a trained study's folder.
+
+        Raises UserError, one line: files missing or corrupt, or experts of another model or tokenizer.
+        """
+        place = StudyFolder(folder)
+        study = place.study
+        return cls(study, load_experts(place, study), rows=rows, length=length, device=device)
+
+    def plan(
+        self, preference: Weights, method: str, strength: float | None = None, candidates: int | None = None
+    ) -> Plan:
+        """The plan of a method at a preference, given by name or in the objectives' order. Raises FieldError."""
+        names = self.study.objective_names
+        named = isinstance(preference, Mapping)
+        mu = named_preference(preference, names) if named else check_preference(preference, names)  # type: ignore[arg-type]
+        setup = self.setup
+        if strength is not None:
+            setup = replace(setup, strength=strength)
+        if candidates is not None:
+            setup = replace(setup, candidates=candidates)
+        return plan_for(method, mu, setup)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        preference: Weights,
+        method: str = "mage-i-m",
+        *,
+        strength: float | None = None,
+        candidates: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ) -> list[Completion]:
+        """One answer to each prompt, all in one batch. Raises FieldError, as does ``stream``."""
+        plan = self.plan(preference, method, strength, candidates)
+        return self.run([Request(self.chat.encode(prompt), plan, sampling) for prompt in prompts])
+
+    def stream(
+        self,
+        prompt: str,
+        preference: Weights,
+        method: str = "mage-i-m",
+        *,
+        strength: float | None = None,
+        candidates: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ) -> Iterator[str]:
+        """The answer to one prompt, piece by piece."""
+        request = Request(self.chat.encode(prompt), self.plan(preference, method, strength, candidates), sampling)
+        return self.chat.pieces(token.id for token in self.engine.stream(request))
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Requests of any plans, in one continuous batch."""
+        return [
+            Completion(self.chat.decode(g.ids), g.ids, g.logprobs, g.finished) for g in self.engine.generate(requests)
+        ]
+
+    def reference_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """The reference model's log-probability of every answer token, for (prompt, answer) token sequences."""
+        runner = self.engine.runner
+        reference = Row((0.0,) * self.setup.size)
+        scores: list[list[float]] = []
+        for begin in range(0, len(sequences), _SCORED_AT_ONCE):
+            chunk = sequences[begin : begin + _SCORED_AT_ONCE]
+            tokens = [[*prompt, *answer] for prompt, answer in chunk]
+            scores += [s.tolist() for s in runner.score(reference, tokens, [len(prompt) for prompt, _ in chunk])]
+        return scores
+
+
+_SCORED_AT_ONCE = 8
+"""Sequences in one scoring forward, which holds the logits of all their tokens: 8 of 100 tokens take 160 MB."""
+
+
+def load_experts(folder: StudyFolder, study: Study) -> dict[str, list[Adapter]]:
+    """The adapters of each backbone set, in the order of the objectives. Raises UserError when one is missing."""
+    experts: dict[str, list[Adapter]] = {}
+    for name in study.training.backbones:
+        experts[name] = []
+        for objective in study.objective_names:
+            path = folder.expert(name, objective)
+            if not path.is_dir():
+                raise UserError(f"{path}: there is no expert, allowed: a study that was trained (mage-ray train)")
+            experts[name].append(load_adapter(path))
+    return experts
