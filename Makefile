@@ -45,7 +45,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@if [ -e $(UNFINISHED) ]; then echo "the last install was cut short: starting over"; rm -rf $(VENV); fi
-	@mkdir -p $(VENV) && touch $(UNFINISHED)
+	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
 	$(call pip,-e '.$(EXTRAS)')
 	$(call pip,--no-deps $(DATA))
