@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mage_ray.errors import UserError
+
+Progress = Callable[[int, int], None]
+"""Told how many items are done, and of how many."""
 
 
 @contextmanager
@@ -65,9 +68,9 @@ def run_shards(
     try:
         while streams:
             ready, _ = ray.wait(streams, num_returns=1)
-            for stream in ready:
+            for stream in cast(Any, ready):
                 try:
-                    on_progress(ray.get(next(stream)))
+                    on_progress(int(ray.get(next(stream))))
                 except StopIteration:
                     streams.remove(stream)
     except ray.exceptions.RayTaskError as error:
@@ -78,6 +81,20 @@ def run_shards(
     finally:
         for stream in streams:
             ray.cancel(stream, force=True)
+
+
+def counted(progress: Progress | None, done: int, total: int) -> Callable[[int], None]:
+    """An ``on_progress`` that adds up; it tells ``progress`` at once where the work begins."""
+
+    def advance(count: int) -> None:
+        nonlocal done
+        # A worker that died is done again: never more than all.
+        done = min(done + count, total)
+        if progress is not None:
+            progress(done, total)
+
+    advance(0)
+    return advance
 
 
 def _with_threads(work: Callable[..., Iterator[int]], cpus: int, *arguments: Any) -> Iterator[int]:

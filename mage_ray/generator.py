@@ -9,7 +9,7 @@ from pathlib import Path
 from mage_ray.chat import Chat
 from mage_ray.decoding.engine import Engine
 from mage_ray.decoding.plan import Backbones, Plan, Row, Setup, plan_for
-from mage_ray.decoding.request import FinishReason, Request, Sampling
+from mage_ray.decoding.request import FinishReason, Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
 from mage_ray.errors import UserError
 from mage_ray.merging.adapter import Adapter, load_adapter
@@ -58,20 +58,7 @@ class Generator:
         runner = RowRunner(model, AdapterBank(adapters), rows, min(length, limit or length))
         self.chat = Chat(tokenizer, model)
         self.engine = Engine(runner, self.chat.stop)
-        index = {id(adapter): k for k, adapter in enumerate(adapters)}
-        n = len(study.objectives)
-        self.setup = Setup(
-            size=len(adapters),
-            sets={
-                name: Backbones(tuple(index[id(a)] for a in members), study.training.backbones[name].mix(n))
-                for name, members in experts.items()
-            },
-            base=study.guidance.base,
-            guide=study.guidance.guide,
-            strength=study.guidance.strength,
-            candidates=study.guidance.candidates,
-            extrapolation=tuple(study.extrapolation()),
-        )
+        self.setup = bank_setup(study, list(experts))
 
     @classmethod
     def open(cls, folder: Path | str, *, rows: int = 64, length: int = 1024, device: str | None = None) -> Generator:
@@ -127,9 +114,10 @@ class Generator:
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """Requests of any plans, in one continuous batch."""
-        return [
-            Completion(self.chat.decode(g.ids), g.ids, g.logprobs, g.finished) for g in self.engine.generate(requests)
-        ]
+        return [self.completion(generation) for generation in self.engine.generate(requests)]
+
+    def completion(self, generation: Generation) -> Completion:
+        return Completion(self.chat.decode(generation.ids), generation.ids, generation.logprobs, generation.finished)
 
     def reference_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """The reference model's log-probability of every answer token, for (prompt, answer) token sequences."""
@@ -145,6 +133,23 @@ class Generator:
 
 _SCORED_AT_ONCE = 8
 """Sequences in one scoring forward, which holds the logits of all their tokens: 8 of 100 tokens take 160 MB."""
+
+
+def bank_setup(study: Study, sets: Sequence[str]) -> Setup:
+    """What a study's methods draw on, with a bank that holds the experts of ``sets``, one set after the other."""
+    n = len(study.objectives)
+    return Setup(
+        size=n * len(sets),
+        sets={
+            name: Backbones(tuple(range(i * n, (i + 1) * n)), study.training.backbones[name].mix(n))
+            for i, name in enumerate(sets)
+        },
+        base=study.guidance.base,
+        guide=study.guidance.guide,
+        strength=study.guidance.strength,
+        candidates=study.guidance.candidates,
+        extrapolation=tuple(study.extrapolation()),
+    )
 
 
 def load_experts(folder: StudyFolder, study: Study) -> dict[str, list[Adapter]]:

@@ -135,6 +135,7 @@ class EvaluationSpec(SamplingSpec):
     """Of the hypervolume, in normalised rewards (the reference model: mean 0, standard deviation 1)."""
     resamples: Positive = 1000
     batch_rows: Positive = 96
+    workers: Positive = 1
 
     @field_validator("methods")
     @classmethod

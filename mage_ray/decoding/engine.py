@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +26,12 @@ class Engine:
         self.runner = runner
         self._stop = frozenset(stop)
 
-    def generate(self, requests: Sequence[Request], on_finish: Callable[[int], None] | None = None) -> list[Generation]:
-        """All requests, in order. ``on_finish`` is told the index of each as it ends. Raises as ``events``."""
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """All requests, in order. Raises as ``events``."""
         tokens: list[list[Token]] = [[] for _ in requests]
         for index, token in self.events(requests):
             tokens[index].append(token)
-            if token.finished and on_finish is not None:
-                on_finish(index)
-        return [_generation(drawn) for drawn in tokens]
+        return [Generation.of(drawn) for drawn in tokens]
 
     def stream(self, request: Request) -> Iterator[Token]:
         """The tokens of one request, as they are drawn. Raises as ``events``."""
@@ -140,11 +138,3 @@ def _group(running: list[Running], device: torch.device) -> _Group:
         temperature_Q=torch.tensor([s.temperature for s in sampling], device=device),
         top_p_Q=torch.tensor([s.top_p for s in sampling], device=device),
     )
-
-
-def _generation(tokens: Sequence[Token]) -> Generation:
-    last = tokens[-1].finished
-    assert last is not None
-    if last == "vetoed":  # its last token was never drawn
-        tokens = tokens[:-1]
-    return Generation(tuple(t.id for t in tokens), tuple(t.logprob for t in tokens), last)

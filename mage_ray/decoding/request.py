@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,3 +63,12 @@ class Generation:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: FinishReason
+
+    @classmethod
+    def of(cls, tokens: Sequence[Token]) -> Generation:
+        """All the tokens of a request that has ended. A token that was vetoed was never drawn and is left out."""
+        last = tokens[-1].finished
+        if last is None:
+            raise ValueError("the request hasn't ended")
+        drawn = tokens[:-1] if last == "vetoed" else tokens
+        return cls(tuple(t.id for t in drawn), tuple(t.logprob for t in drawn), last)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mage_ray import objectives
-from mage_ray.cluster import run_shards
+from mage_ray.cluster import Progress, counted, run_shards
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path, write_atomic
 from mage_ray.objectives import Normaliser, Objective
@@ -19,9 +19,6 @@ from mage_ray.study import Study, StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Progress = Callable[[int, int], None]
-"""Told how many are done, and of how many."""
 
 
 def study_prompts(study: Study) -> tuple[list[Prompt], list[Prompt]]:
@@ -70,15 +67,7 @@ def sample_pool(
     ]
     missing = [shard for shard in shards if not shard[0].exists()]
     total = len(prompts) * study.rollouts.samples_per_prompt
-    done = total - sum(len(p) for _, p in missing) * study.rollouts.samples_per_prompt
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, total), total)
-
-    advance(0)
+    left = sum(len(p) for _, p in missing) * study.rollouts.samples_per_prompt
     for name, scorer in load_objectives(study).items():
         objectives.probe(name, scorer)
     run_shards(
@@ -87,7 +76,7 @@ def sample_pool(
         (study, adapter, round),
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
-        on_progress=advance,
+        on_progress=counted(progress, total - left, total),
     )
     if round == 0 and not folder.normalisation.exists():
         _fit_normalisation(study, folder)
@@ -150,7 +139,7 @@ def _sample_shards(
     from mage_ray.chat import Chat
     from mage_ray.decoding.engine import Engine
     from mage_ray.decoding.plan import Plan
-    from mage_ray.decoding.request import Request, Sampling
+    from mage_ray.decoding.request import Generation, Request, Sampling, Token
     from mage_ray.decoding.runner import RowRunner
     from mage_ray.merging.adapter import load_adapter
     from mage_ray.merging.bank import AdapterBank
@@ -180,14 +169,13 @@ def _sample_shards(
             )
             for prompt, sample in cells
         ]
-        ids: list[list[int]] = [[] for _ in requests]
-        finished = [False] * len(requests)
+        tokens: list[list[Token]] = [[] for _ in requests]
         for index, token in engine.events(requests):
-            ids[index].append(token.id)
+            tokens[index].append(token)
             if token.finished:
-                finished[index] = token.finished == "stop"
                 yield 1
-        texts = [chat.decode(tokens) for tokens in ids]
+        answers = [Generation.of(drawn) for drawn in tokens]
+        texts = [chat.decode(answer.ids) for answer in answers]
         raw_NM = score_all(scorers, [prompt.text for prompt, _ in cells], texts)
         frame = pd.DataFrame(
             {
@@ -195,9 +183,9 @@ def _sample_shards(
                 "prompt": [prompt.text for prompt, _ in cells],
                 "sample": [sample for _, sample in cells],
                 "completion": texts,
-                "ids": ids,
-                "tokens": [len(tokens) for tokens in ids],
-                "finished": finished,
+                "ids": [answer.ids for answer in answers],
+                "tokens": [len(answer.ids) for answer in answers],
+                "finished": [answer.finished == "stop" for answer in answers],
                 **{f"raw/{name}": column for name, column in zip(scorers, raw_NM.T, strict=True)},
             }
         )

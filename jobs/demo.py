@@ -1,0 +1,7 @@
+"""`ray job submit --working-dir . -- python jobs/demo.py …`: the verb `mage-ray demo`, with its options."""
+
+import sys
+
+from mage_ray.cli import main
+
+sys.exit(main(["demo", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`ray job submit --working-dir . -- python jobs/evaluate.py …`: the verb `mage-ray evaluate`, with its options."""
+
+import sys
+
+from mage_ray.cli import main
+
+sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,147 @@
+"""The command line ``mage-ray``: one verb per job. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mage_ray.errors import FieldError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 2 for a mistake in the input or a full disk, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"mage-ray: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mage-ray: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mage-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mage-ray", description="Controllable multi-objective generation: every request picks its own trade-off."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="verb")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    def takes_study(of: argparse.ArgumentParser, default: str | None = None) -> None:
+        of.add_argument("--study", required=default is None, default=default, help="a study's YAML, or its folder")
+        of.add_argument("--folder", help="where the study's folder is or goes (default: runs/<name of the study>)")
+
+    takes_study(verb("demo", _demo, "Train and evaluate on the embedded model, and show three answers."), DEMO)
+    takes_study(verb("train", _train, "Sample the rollout pool and train the experts."))
+    takes_study(
+        verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
+    )
+
+    generate = verb("generate", _generate, "Answer one prompt at a preference, as it is written.")
+    generate.add_argument("prompt", help="the prompt; - reads it from standard input")
+    generate.add_argument("--study", required=True, help="a trained study's folder")
+    generate.add_argument("--preference", required=True, help="weights that sum to 1: helpful=0.7,short=0.3")
+    generate.add_argument("--method", default="mage-i-m", help="a decoding method (default: %(default)s)")
+    generate.add_argument("--strength", type=float, help="of the guidance (default: the study's)")
+    generate.add_argument("--candidates", type=int, help="tokens that the guide ranks (default: the study's)")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.7)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+
+    export = verb("export", _export, "Merge experts into one PEFT adapter, or into full weights.")
+    export.add_argument("--expert", action="append", metavar="DIR", help="a PEFT adapter; once for each expert")
+    export.add_argument("--coefficients", help="one number for each expert: --coefficients=1.75,-0.75")
+    export.add_argument("--study", help="instead of experts: a trained study's folder")
+    export.add_argument("--preference", help="with --study: the preference to merge for")
+    export.add_argument("--method", help="with --study: a method of one row, such as bone-soup (default)")
+    export.add_argument("--out", required=True, metavar="DIR", help="a folder that isn't there yet")
+    export.add_argument("--full", action="store_true", help="merged full weights in place of an adapter")
+    export.add_argument("--model", help="with --full: the base model (default: the one that the experts name)")
+    return parser
+
+
+DEMO = str(Path(__file__).parent / "data" / "demo.yaml")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.demo(*jobs.open_study(options.study, options.folder), _console())
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.train(*jobs.open_study(options.study, options.folder), _console())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.evaluate(*jobs.open_study(options.study, options.folder), _console())
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from mage_ray.decoding.plan import METHODS
+    from mage_ray.decoding.request import Sampling
+    from mage_ray.preference import parse_preference
+    from mage_ray.study import StudyFolder
+
+    # All that can be checked without loading a model is.
+    preference = parse_preference(options.preference, StudyFolder(options.study).study.objective_names)
+    if options.method not in METHODS:
+        raise FieldError("method", options.method, f"one of {', '.join(METHODS)}")
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+
+    from mage_ray.generator import Generator
+
+    generator = Generator.open(options.study, rows=16)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    for piece in generator.stream(
+        prompt,
+        preference,
+        options.method,
+        strength=options.strength,
+        candidates=options.candidates,
+        sampling=sampling,
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mage_ray.export import export_experts, export_study
+
+    if (options.study is None) == (options.expert is None):
+        raise UserError("export: give --expert DIR … with --coefficients, or --study DIR with --preference")
+    if options.study is not None:
+        if options.preference is None:
+            raise FieldError("--preference", "nothing", "weights that sum to 1, as name=weight,…")
+        export_study(options.study, options.preference, options.method or "bone-soup", Path(options.out), options.full)
+        return
+    if options.coefficients is None:
+        raise FieldError("--coefficients", "nothing", f"{len(options.expert)} numbers, one for each --expert")
+    try:
+        coefficients = [float(number) for number in options.coefficients.split(",")]
+    except ValueError:
+        raise FieldError("--coefficients", options.coefficients, "numbers with commas between them") from None
+    export_experts(options.expert, coefficients, Path(options.out), options.full, options.model)
+
+
+def _console():  # type: ignore[no-untyped-def]
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,107 @@
+"""The jobs that the command line and ``jobs/*.py`` run: each finishes what a study is missing, and can be killed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mage_ray.errors import UserError
+from mage_ray.study import Study, StudyFolder, load_study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mage_ray.evaluation.summary import Summary
+
+DEMO_PROMPT = "Tell me what you think of rainy days."
+
+
+def open_study(study: Path | str, folder: Path | str | None = None) -> tuple[Study, StudyFolder]:
+    """The study in a YAML file, and its folder (``runs/<name>`` unless given), or an existing study folder.
+
+    Raises UserError when neither is there, or when the folder was made for another study.
+    """
+    path = Path(study)
+    if path.is_dir():
+        if folder is not None:
+            raise UserError(f"--folder: got {folder}, allowed: nothing, since --study is a study folder already")
+        place = StudyFolder(path)
+        return place.study, place
+    spec = load_study(path)
+    return spec, StudyFolder.create(folder or Path("runs") / spec.name, spec)
+
+
+def train(study: Study, folder: StudyFolder, console: Console) -> None:
+    """Sample the rollout pool and train the experts."""
+    from mage_ray.cluster import connected
+    from mage_ray.progress import shown
+    from mage_ray.training.experts import check_training, train_experts
+    from mage_ray.training.rollouts import sample_pool
+
+    check_training(study)
+    with connected():
+        with shown(console, "rollouts") as progress:
+            sample_pool(study, folder, progress=progress)
+        train_experts(study, folder, console)
+
+
+def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
+    """Generate and score the evaluation's grid, write the report, print the table."""
+    from mage_ray.cluster import connected
+    from mage_ray.evaluation.evaluate import evaluate_study
+    from mage_ray.evaluation.report import print_table, write_report
+    from mage_ray.evaluation.summary import summarise
+    from mage_ray.progress import shown
+
+    start = time.monotonic()
+    with connected(), shown(console, "evaluation") as progress:
+        samples = evaluate_study(study, folder, progress)
+    summary = summarise(samples, study.objective_names, study.reference_point(), study.evaluation.resamples, study.seed)
+    facts = {
+        "study": study.name,
+        "model": study.model,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "evaluation": f"{time.monotonic() - start:.0f} s in this run (cells that were there already cost nothing)",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("mage-ray", "torch", "transformers", "ray")),
+    }
+    write_report(folder.report, title=study.name, summary=summary, samples=samples, facts=facts)
+    print_table(summary, console)
+    console.print(f"report: {folder.report / 'index.html'}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def demo(study: Study, folder: StudyFolder, console: Console) -> None:
+    """The main job: train, evaluate, and show one prompt answered at three preferences."""
+    start = time.monotonic()
+    train(study, folder, console)
+    evaluate(study, folder, console)
+    show_axis(study, folder, console)
+    console.print(f"demo: {time.monotonic() - start:.0f} s in this run", highlight=False)
+
+
+def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str = DEMO_PROMPT) -> None:
+    """One prompt answered by MAGE-I-M at the first objective's corner, in the middle, and at the second's."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from mage_ray.decoding.request import Request, Sampling
+    from mage_ray.generator import Generator
+
+    first, second = study.objective_names[:2]
+    spec = study.evaluation
+    sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, study.seed)
+    generator = Generator.open(folder.path)
+    preferences = [{first: 1.0}, {first: 0.5, second: 0.5}, {second: 1.0}]
+    requests = [Request(generator.chat.encode(prompt), generator.plan(p, "mage-i-m"), sampling) for p in preferences]
+    console.print(Text(f"\n{prompt}", style="bold"))
+    for preference, answer in zip(preferences, generator.run(requests), strict=True):
+        title = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())
+        console.print(Panel(Text(answer.text), title=f"mage-i-m at {title}", title_align="left"))
