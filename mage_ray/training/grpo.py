@@ -48,12 +48,12 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     return trainer
 
 
-def reward_function(name: str, spec: ObjectiveSpec, normaliser: Normaliser) -> Callable[..., list[float]]:
+def reward_function(name: str, spec: ObjectiveSpec, normaliser: Normaliser) -> Callable[..., list[float | None]]:
     """An objective as TRL calls it: conversations in, normalised rewards out."""
     objective = load(name, spec.type, spec.options, spec.direction)
     place = normaliser.names.index(name)
 
-    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
         asked = [turns[-1]["content"] for turns in prompts]
         raw = score(name, objective, asked, [turns[0]["content"] for turns in completions])
         normalised = (raw * normaliser.sign[place] - normaliser.mean[place]) / normaliser.std[place]

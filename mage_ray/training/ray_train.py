@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from mage_ray.errors import UserError
@@ -19,6 +18,8 @@ def fit(run: Run, in_process: bool = False) -> Path:
     A job that was killed goes on from its last checkpoint. ``in_process`` trains here, without workers. Raises
     UserError, one line with the root cause.
     """
+    # How often the controller looks: a checkpoint counts from then on, and a report waits for the one before it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -37,7 +38,6 @@ def fit(run: Run, in_process: bool = False) -> Path:
             storage_path=str(run.checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=_RESTARTS),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": _environment(spec.cpus_per_worker)},
         ),
     )
     try:
@@ -47,14 +47,6 @@ def fit(run: Run, in_process: bool = False) -> Path:
     if result.checkpoint is None:
         raise UserError(f"expert {run.name}: training ended without a checkpoint")
     return Path(result.checkpoint.path)
-
-
-def _environment(cpus: int) -> dict[str, str]:
-    """OpenMP reads its thread count when torch is loaded, before the train function could say it."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    kept = {name: os.environ[name] for name in ("MAGE_RAY_CACHE", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
-    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {name: str(cpus) for name in names} | kept | {"PATH": scripts}
 
 
 def _root_cause(error: Exception) -> str:

@@ -87,6 +87,8 @@ def train(config: Mapping[str, Run]) -> None:
 
 
 def _train_from(run: Run, last: Path | None, rank: int, workers: int, distributed: bool) -> None:
+    from transformers import PrinterCallback
+
     from mage_ray.training.dpo import dpo_trainer
     from mage_ray.training.grpo import grpo_trainer
 
@@ -101,6 +103,7 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
         start = last or run.start
         if start is not None:
             load_adapter_weights(start, trainer.model)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_watch(trainer, run, done, last, rank, workers))
         trainer.train()
 
@@ -151,7 +154,7 @@ def lora_config(study: Study) -> Any:
     lora = study.training.lora
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
         use_rslora=lora.rank_stabilised,
         target_modules=lora.targets,
@@ -206,8 +209,9 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
             key = [run.study.seed, done + state.global_step, rank]
             set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-            if "loss" not in logs:
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs["logs"]
+            if "loss" not in logs:  # The summary at the end.
                 return
             step = done + state.global_step
             metrics = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}

@@ -1,16 +1,8 @@
-"""DeepSpeed's ZeRO: its configuration, the op that it compiles, and weights put together from their partitions."""
+"""DeepSpeed's ZeRO: its configuration, its import, and weights put together from their partitions."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mage_ray.embedded import cache_folder
-from mage_ray.files import locked
 
 if TYPE_CHECKING:
     import torch
@@ -41,54 +33,22 @@ def zero_config(stage: int, bfloat16: bool) -> dict[str, Any]:
     }
 
 
-def extensions_folder() -> Path:
-    """Where compiled ops are kept; not torch's common folder, so that no other program's lock can hold us up."""
-    return cache_folder() / "torch_extensions"
-
-
 def prepare_deepspeed() -> None:
-    """Import DeepSpeed with the op that it wants on CPUs (``deepspeed_shm_comm``) compiled and loaded.
+    """Import DeepSpeed in a process group's worker, and keep it from compiling.
 
-    Torch guards a build with a file that a killed process leaves behind, on which all later ones then wait for ever.
-    So every build and load happens here, one process of a machine at a time under a lock that dies with its holder; a
-    guard file seen while holding that lock is a dead process's, and is removed. The first call takes about 40 s.
-    Without a compiler the op is left out, and DeepSpeed's communication goes through gloo alone.
+    On CPUs it would build ``deepspeed_shm_comm`` on first use: that takes a compiler and about 40 s, and a process
+    killed meanwhile leaves a file on which all later ones wait for ever. The op serves ``inference_all_reduce`` alone,
+    which training never calls, so it is declared unavailable, as it is on other systems than Linux.
     """
-    folder = extensions_folder()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # The compile needs ninja, which lies beside python in a virtual environment that nobody activated.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    with _quiet_output():
-        import deepspeed
-        from deepspeed.accelerator import get_accelerator
-
-        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-        if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-            return
-        with locked(folder.with_name(".torch_extensions.lock")):
-            for guard in folder.glob(f"**/{builder.NAME}/lock"):
-                guard.unlink(missing_ok=True)
-            try:
-                # The builder keeps it for this process: DeepSpeed's own load, later and without our lock, finds it.
-                builder.load(verbose=False)
-            except (RuntimeError, OSError):
-                deepspeed.ops.__compatible_ops__[builder.NAME] = False
-
-
-@contextmanager
-def _quiet_output() -> Iterator[None]:
-    """Without the banner lines that DeepSpeed and the compiler's driver print."""
     import logging
 
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(max(level, logging.WARNING))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import torch
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Now, not with the first engine: ZeRO-3 partitions the model while it is loaded, and must know all ranks by then.
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,226 @@
+"""All experts of a study: one for each row of each backbone set's mix, each a PEFT adapter."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mage_ray.cluster import connected
+from mage_ray.errors import FieldError, UserError
+from mage_ray.files import atomic_path
+from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
+from mage_ray.study import Study, StudyFolder
+from mage_ray.training.checkpoint import CONFIG, WEIGHTS, load_state
+from mage_ray.training.pairs import Pair, expert_pairs, training_order
+from mage_ray.training.progress import shown
+from mage_ray.training.ray_train import fit
+from mage_ray.training.reference import reference_logps
+from mage_ray.training.rollouts import load_pool, sample_pool
+from mage_ray.training.worker import METRICS, Run
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import Console
+
+RECORD = "mage_ray.json"
+"""In an expert's folder: what it was trained from, for what, and how that ended."""
+
+_log = logging.getLogger("mage_ray")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A row of a mix, and the places (several, where sets share a row) where its adapter goes."""
+
+    weights: Mapping[str, float]
+    places: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.places[0].name
+
+
+def study_experts(study: Study, folder: StudyFolder) -> list[Expert]:
+    """The experts to train, in the order of the sets and of their rows; equal rows are one expert."""
+    names = study.objective_names
+    places: dict[tuple[float, ...], list[Path]] = {}
+    for backbone, spec in study.training.backbones.items():
+        for objective, row in zip(names, spec.mix(len(names)), strict=True):
+            places.setdefault(tuple(float(b) for b in row), []).append(folder.expert(backbone, objective))
+    return [Expert(dict(zip(names, row, strict=True)), tuple(at)) for row, at in places.items()]
+
+
+def train_experts(study: Study, folder: StudyFolder, console: Console | None = None) -> None:
+    """Train what is missing of the study's experts, ``parallel_experts`` at a time, from the pool in ``folder``.
+
+    Experts that are there are left alone; one that was under way goes on from its last checkpoint. Connects to Ray
+    where the caller hasn't. ``console`` is shown the progress. Raises UserError: the first expert's failure, after all
+    others have ended.
+    """
+    check_training(study)
+    todo = [expert for expert in study_experts(study, folder) if not all(map(is_expert, expert.places))]
+    if not todo:
+        return
+    trained = [expert for expert in todo if any(map(is_expert, expert.places))]
+    for expert in trained:
+        _copy(next(place for place in expert.places if is_expert(place)), expert.places)
+    todo = [expert for expert in todo if expert not in trained]
+    pool = load_pool(folder, study)
+    with connected():
+        places = _room(study)
+        for round in range(study.training.rounds):
+            todo = _train_round(study, folder, todo, pool, round, places, console)
+
+
+def check_training(study: Study) -> None:
+    """Raises FieldError where fields of ``training`` don't go together."""
+    spec = study.training
+    if spec.batch_size % spec.workers:
+        raise FieldError("training.batch_size", spec.batch_size, f"a multiple of training.workers ({spec.workers})")
+    if spec.method == "dpo" and spec.kl_strength == 0:
+        raise FieldError("training.kl_strength", 0, "above 0 with dpo, whose loss it scales")
+    if spec.method == "grpo" and spec.batch_size % spec.generations_per_prompt:
+        group = spec.generations_per_prompt
+        raise FieldError("training.batch_size", spec.batch_size, f"a multiple of generations_per_prompt ({group})")
+    if spec.method == "grpo" and spec.rounds > 1:
+        raise FieldError("training.rounds", spec.rounds, "1 with grpo, which samples from the expert at every step")
+
+
+def is_expert(place: Path) -> bool:
+    """Whether a whole expert is there (its folder comes into being at once)."""
+    return (place / RECORD).is_file()
+
+
+def _train_round(
+    study: Study,
+    folder: StudyFolder,
+    experts: Sequence[Expert],
+    pool: DataFrame,
+    round: int,
+    at_once: int,
+    console: Console | None,
+) -> list[Expert]:
+    """One round of all ``experts``; returns them for the next one. The last round puts them in their places."""
+    runs = _runs(study, folder, experts, pool, round)
+    failures: list[UserError] = []
+
+    def work(expert: Expert, run: Run) -> None:
+        try:
+            checkpoint = fit(run)
+            last = round == study.training.rounds - 1
+            _export(study, expert, checkpoint, expert.places if last else [_between(folder, expert, round)])
+        except UserError as error:
+            failures.append(error)
+            _log.error("%s", error)
+
+    watched = {run.name: (run.folder / METRICS, study.training.steps) for run in runs.values()}
+    with shown(console, watched), ThreadPoolExecutor(at_once) as threads:
+        for future in [threads.submit(work, expert, runs[expert.name]) for expert in experts]:
+            future.result()
+    if failures:
+        raise failures[0]
+    return list(experts)
+
+
+def _runs(study: Study, folder: StudyFolder, experts: Sequence[Expert], pool: DataFrame, round: int) -> dict[str, Run]:
+    """The run of each expert, by the expert's name."""
+    spec = study.training
+    pairs: dict[str, list[Pair]] = {}
+    reference: dict[Any, float] = {}
+    if spec.method == "dpo":
+        for expert in experts:
+            own = pool
+            if round > 0:
+                own = sample_pool(study, folder, adapter=_between(folder, expert, round - 1), round=round)
+            found = expert_pairs(
+                own, expert.weights, per_prompt=spec.pairs_per_prompt, batch_size=spec.batch_size, expert=expert.name
+            )
+            order = training_order(len(found), spec.steps * spec.batch_size, study.seed + round)
+            pairs[expert.name] = [found[i] for i in order]
+        used = [sample for own in pairs.values() for pair in own for sample in (pair.chosen, pair.rejected)]
+        reference = reference_logps(study, folder.checkpoints, used)
+    prompts: list[str] = []
+    if spec.method == "grpo":
+        found_prompts = list(pool.drop_duplicates("prompt_id").sort_values("prompt_id")["prompt"])
+        needed = spec.steps * spec.batch_size // spec.generations_per_prompt
+        prompts = [found_prompts[i] for i in training_order(len(found_prompts), needed, study.seed)]
+    runs = {}
+    for expert in experts:
+        own_pairs = pairs.get(expert.name, [])
+        samples = {sample for pair in own_pairs for sample in (pair.chosen, pair.rejected)}
+        runs[expert.name] = Run(
+            name=expert.name if round == 0 else f"{expert.name}-round-{round}",
+            study=study,
+            checkpoints=folder.checkpoints,
+            weights=expert.weights,
+            pairs=own_pairs,
+            reference={sample: reference[sample] for sample in samples},
+            prompts=prompts,
+            normalisation=folder.normalisation.read_text() if prompts else "",
+            start=_between(folder, expert, round - 1) if round > 0 else None,
+        )
+    return runs
+
+
+def _between(folder: StudyFolder, expert: Expert, round: int) -> Path:
+    """The expert as a round left it that wasn't the last."""
+    return folder.checkpoints / "rounds" / str(round) / expert.name
+
+
+def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Path]) -> None:
+    """Put the adapter of a finished run in ``places``, with its record."""
+    state = load_state(checkpoint)
+    record = {
+        "base_model": _base_model(study.model),
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(study.model)),
+        "weights": dict(expert.weights),
+        "steps": state.step * study.training.rounds,
+        "metrics": state.metrics,
+    }
+    with atomic_path(places[0]) as partial:
+        partial.mkdir()
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(checkpoint / name, partial / name)
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    _copy(places[0], places)
+
+
+@functools.cache
+def _base_model(name: str) -> str:
+    return fingerprint(name)
+
+
+def _copy(source: Path, places: Sequence[Path]) -> None:
+    for place in places:
+        if place != source and not is_expert(place):
+            with atomic_path(place) as partial:
+                shutil.copytree(source, partial)
+
+
+def _room(study: Study) -> int:
+    """How many experts the cluster has room for at once. Raises UserError when it has none for even one.
+
+    More than that would only wait for each other, with Ray Train's start timeouts ticking.
+    """
+    import ray
+
+    spec = study.training
+    have = ray.cluster_resources()
+    need = {"CPU": spec.workers * spec.cpus_per_worker, "GPU": spec.workers * spec.gpus_per_worker}
+    room = spec.parallel_experts
+    for kind, amount in need.items():
+        if amount > have.get(kind, 0):
+            raise UserError(
+                f"training: an expert takes {amount:g} {kind}s (workers x {kind.lower()}s_per_worker), allowed: at "
+                f"most the {have.get(kind, 0):g} that the Ray cluster has"
+            )
+        if amount:
+            room = min(room, int(have[kind] // amount))
+    return room

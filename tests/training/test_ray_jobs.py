@@ -1,0 +1,194 @@
+"""Real Ray Train jobs on the tiny model: every ZeRO stage, workers and drivers that are killed, a study's experts."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from rich.console import Console
+from test_trainers import dpo_run
+from training_pools import make_folder, make_pool, make_study
+
+from mage_ray.errors import UserError
+from mage_ray.models import fingerprint
+from mage_ray.training.checkpoint import load_state
+from mage_ray.training.experts import RECORD, study_experts, train_experts
+from mage_ray.training.ray_train import fit
+from mage_ray.training.worker import METRICS
+
+pytestmark = pytest.mark.slow
+
+WEIGHTS = {"early": 1.0, "late": 0.0}
+LONG: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The adapter of an unbroken run in this process, without DeepSpeed: what all jobs must arrive at."""
+    run = dpo_run(tiny_model_folder, tmp_path_factory.mktemp("alone"), WEIGHTS)
+    return weights_of(fit(run, in_process=True))
+
+
+@pytest.fixture(scope="module")
+def alone_for_long(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    run = dpo_run(tiny_model_folder, tmp_path_factory.mktemp("alone_for_long"), WEIGHTS, **LONG)
+    return weights_of(fit(run, in_process=True))
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        # AdamW divides by the gradient's size: where a gradient is nearly 0, rounding turns into a visible step.
+        assert np.abs(got[name] - tensor).mean() < 2e-4, name
+        assert np.abs(got[name] - tensor).max() < 2e-2, name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_workers_arrive_where_one_does_at_every_zero_stage(
+    ray_here: None, tiny_model_folder: Path, tmp_path: Path, alone: dict[str, np.ndarray], stage: int
+) -> None:
+    run = dpo_run(tiny_model_folder, tmp_path, WEIGHTS, workers=2, zero_stage=stage)
+    folder = fit(run)
+    assert_same(weights_of(folder), alone)
+    assert load_state(folder).workers == 2
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", *[".safetensors"] * 3]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(
+    ray_here: None, tiny_model_folder: Path, tmp_path: Path, alone_for_long: dict[str, np.ndarray], stage: int
+) -> None:
+    run = dpo_run(tiny_model_folder, tmp_path, WEIGHTS, workers=2, zero_stage=stage, **LONG)
+    killed = Thread(target=kill_a_worker, args=(run.folder,))
+    killed.start()
+    folder = fit(run)
+    killed.join()
+    assert_same(weights_of(folder), alone_for_long)
+    steps = steps_made(run.folder / METRICS)
+    assert sorted(set(steps)) == list(range(1, LONG["steps"] + 1))
+    back = [now for before, now in pairwise(steps) if now <= before]
+    assert len(back) == 1 and back[0] % LONG["checkpoint_every"] == 1 and back[0] > 1
+
+
+def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_alone(
+    ray_here: None, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    # Two sets share the row (1, 0): three experts to train, four places.
+    backbones = {"soup": {}, "bone": {"matrix": [[1.0, 0.0], [0.3, 0.7]]}}
+    study = make_study(tiny_model_folder, backbones=backbones, **LONG)
+    folder = make_folder(tmp_path / "study", study, make_pool())
+    names = [expert.name for expert in study_experts(study, folder)]
+    assert names == ["soup-early", "soup-late", "bone-late"]
+
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder.path)], start_new_session=True)
+    try:
+        wait_for(lambda: (folder.expert("soup", "early") / RECORD).exists())
+        wait_for(lambda: checkpointed(folder.checkpoints / "soup-late"))
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    first = (folder.expert("soup", "early") / RECORD).stat().st_mtime_ns
+    assert not (folder.expert("soup", "late") / RECORD).exists()
+
+    printed = Console(file=io.StringIO(), force_terminal=False, width=120)
+    train_experts(study, folder, printed)
+    assert (folder.expert("soup", "early") / RECORD).stat().st_mtime_ns == first
+    steps = steps_made(folder.checkpoints / "soup-late" / METRICS)
+    assert sorted(set(steps)) == list(range(1, LONG["steps"] + 1))
+    back = [now for before, now in pairwise(steps) if now <= before]
+    assert len(back) <= 1 and all(now > LONG["checkpoint_every"] for now in back)
+    assert len(steps_made(folder.checkpoints / "soup-early" / METRICS)) == LONG["steps"]
+
+    record = json.loads((folder.expert("bone", "late") / RECORD).read_text())
+    assert record["weights"] == {"early": 0.3, "late": 0.7} and record["steps"] == LONG["steps"]
+    assert record["base_model"] == fingerprint(study.model) and record["metrics"]["loss"] < 0.7
+    shared = [weights_of(folder.expert(backbone, "early")) for backbone in ("soup", "bone")]
+    assert all(np.array_equal(shared[0][name], shared[1][name]) for name in shared[0])
+    other = weights_of(folder.expert("soup", "late"))
+    assert any(not np.array_equal(other[name], shared[0][name]) for name in other)
+    assert "bone-late: step 30/30  loss" in printed.file.getvalue()  # type: ignore[attr-defined]
+    assert not any(path.suffix in (".pt", ".pkl", ".bin", ".pth") for path in folder.path.rglob("*"))
+
+
+def test_failure_names_the_expert_and_its_cause(ray_here: None, tiny_model_folder: Path, tmp_path: Path) -> None:
+    study = make_study(tiny_model_folder, lora={"rank": 4, "targets": ["no_such_layer"]}, backbones={"soup": {}})
+    folder = make_folder(tmp_path / "study", study, make_pool())
+    with pytest.raises(UserError, match=r"^expert soup-early: training failed: .*no_such_layer") as error:
+        train_experts(study, folder)
+    assert "\n" not in str(error.value)
+
+
+def test_more_than_the_cluster_has_is_refused_at_once(ray_here: None, tiny_model_folder: Path, tmp_path: Path) -> None:
+    study = make_study(tiny_model_folder, workers=4)
+    folder = make_folder(tmp_path / "study", study, make_pool())
+    with pytest.raises(UserError, match=r"4 CPUs .* 2 that"):
+        train_experts(study, folder)
+
+
+DRIVER = """
+import sys, ray
+from mage_ray.study import StudyFolder
+from mage_ray.training.experts import train_experts
+ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
+folder = StudyFolder(sys.argv[1])
+train_experts(folder.study, folder)
+"""
+
+
+def steps_made(path: Path) -> list[int]:
+    """The steps in the order in which they were made, those made twice twice."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def checkpointed(run: Path) -> bool:
+    """Whether Ray Train's controller has taken note of a checkpoint."""
+    try:
+        return bool(json.loads((run / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def kill_a_worker(run: Path) -> None:
+    """Kill -9 one of this process's own Ray Train workers once there is a checkpoint to go on from."""
+    wait_for(lambda: checkpointed(run))
+    children = psutil.Process().children(recursive=True)
+    [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())][-1].kill()
