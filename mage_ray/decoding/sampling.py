@@ -37,17 +37,15 @@ def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Te
     ruled out, whatever the others say.
     """
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    ids_QC: torch.Tensor | None = None
     if how.candidates_Q is None:
-        logits_RC = logits_RV
-    else:
-        ids_QC = logits_RV[how.base_Q].topk(min(int(how.candidates_Q.max()), logits_RV.shape[1]), dim=-1).indices
-        logits_RC = logits_RV.gather(1, ids_QC[how.request_R])
-    scores_QC = _weighted_sum(logits_RC, how)
-    if how.candidates_Q is not None:
-        beyond_QC = torch.arange(scores_QC.shape[1], device=scores_QC.device) >= how.candidates_Q[:, None]
-        scores_QC = scores_QC.masked_fill(beyond_QC, -torch.inf)
-    return scores_QC.log_softmax(-1), ids_QC
+        return _weighted_sum(logits_RV, how).log_softmax(-1), None
+    most = min(int(how.candidates_Q.max()), logits_RV.shape[1])
+    ids_QC = logits_RV[how.base_Q].topk(most, dim=-1).indices
+    # In the order of token ids, so that a draw doesn't depend on how many candidates a neighbour has, or on the base's
+    # ranking where all tokens are candidates.
+    ids_QC, rank_QC = ids_QC.sort(dim=-1)
+    scores_QC = _weighted_sum(logits_RV.gather(1, ids_QC[how.request_R]), how)
+    return scores_QC.masked_fill(rank_QC >= how.candidates_Q[:, None], -torch.inf).log_softmax(-1), ids_QC
 
 
 def _weighted_sum(logits_RC: torch.Tensor, how: Combination) -> torch.Tensor:
@@ -84,20 +82,22 @@ def sample(
         probs_QC = logprobs_QC.exp()
     else:
         probs_QC = (logprobs_QC / torch.where(warm_Q, temperature_Q, 1.0)[:, None]).softmax(-1)
-    order_QC: torch.Tensor | None = None
     if bool((top_p_Q < 1).any()):
-        probs_QC, order_QC = probs_QC.sort(dim=-1, descending=True, stable=True)
-        before_QC = probs_QC.cumsum(-1) - probs_QC
-        # Where top_p is 1, rounding must not drop the tail.
-        probs_QC = probs_QC.masked_fill((before_QC >= top_p_Q[:, None]) & (top_p_Q < 1)[:, None], 0.0)
+        probs_QC = torch.where(_nucleus(probs_QC, top_p_Q), probs_QC, 0.0)
     cumulative_QC = probs_QC.cumsum(-1)
     target_Q1 = uniform_Q.to(cumulative_QC)[:, None] * cumulative_QC[:, -1:]
     drawn_Q1 = torch.searchsorted(cumulative_QC, target_Q1, right=True)
     # A uniform next to 1 may round up to the total: the last token that has any probability is meant.
     last_Q1 = probs_QC.shape[1] - 1 - (probs_QC > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
     drawn_Q1 = torch.minimum(drawn_Q1, last_Q1)
-    if order_QC is not None:
-        drawn_Q1 = order_QC.gather(1, drawn_Q1)
     if bool(warm_Q.all()):
         return drawn_Q1[:, 0]
     return torch.where(warm_Q, drawn_Q1[:, 0], logprobs_QC.argmax(-1))
+
+
+def _nucleus(probs_QC: torch.Tensor, top_p_Q: torch.Tensor) -> torch.Tensor:
+    """Which tokens are in the smallest most likely set that reaches top_p, [Q, C]; where that is 1, all are."""
+    sorted_QC, order_QC = probs_QC.sort(dim=-1, descending=True, stable=True)
+    before_QC = sorted_QC.cumsum(-1) - sorted_QC
+    kept_QC = (before_QC < top_p_Q[:, None]) | (top_p_Q >= 1)[:, None]
+    return torch.empty_like(kept_QC).scatter_(1, order_QC, kept_QC)
