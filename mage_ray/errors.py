@@ -17,6 +17,10 @@ class FieldError(UserError):
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(" ".join(f"{field}: got {_short(value)}, allowed: {allowed}".split()))
 
+    def __reduce__(self) -> tuple[type[FieldError], tuple[str, object, str]]:
+        # An error crosses from a worker to the driver; what it holds there is its text.
+        return FieldError, (self.field, _short(self.value), self.allowed)
+
 
 def _short(value: object, limit: int = 120) -> str:
     text = value if isinstance(value, str) else repr(value)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mage_ray.errors import FieldError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path
 from mage_ray.merging.adapter import Adapter, Factors
 from mage_ray.merging.bank import linear_shapes
@@ -66,7 +67,13 @@ def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
-    """Write model and tokenizer as a folder that transformers loads; all of it or nothing."""
+    """Write model and tokenizer as a folder that transformers loads; all of it or nothing.
+
+    Raises UserError or OSError when it can't be written.
+    """
     with atomic_path(Path(folder)) as partial:
-        model.save_pretrained(partial, safe_serialization=True)
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:
+            raise UserError(f"{folder}: cannot be written ({' '.join(str(error).split())})") from None
         tokenizer.save_pretrained(partial)

@@ -1,0 +1,65 @@
+"""A small study on the tiny model, trained or not, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from adapters import make_adapter
+
+from mage_ray.study import StudyFolder, parse_study
+
+
+def tiny_study(model: Path, **changes: Any) -> str:
+    """The YAML of a study that takes seconds: two objectives, two backbone sets, a handful of prompts."""
+    study: dict[str, Any] = {
+        "name": "tiny",
+        "model": str(model),
+        "objectives": {
+            "vowels": {"type": "function", "path": "rewards:vowels", "direction": "maximise", "low": 0, "high": 1},
+            "short": {"type": "brevity"},
+        },
+        "prompts": {"train": 6, "evaluation": 4},
+        "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 12, "prompts_per_shard": 3},
+        "training": {
+            "steps": 4,
+            "batch_size": 4,
+            "learning_rate": 0.01,
+            "lora": {"rank": 4, "alpha": 8},
+            "checkpoint_every": 2,
+        },
+        "evaluation": {"grid": 3, "max_new_tokens": 12, "resamples": 50},
+    }
+    return yaml.safe_dump(study | changes, sort_keys=False)
+
+
+REWARDS = '''
+import math
+
+def vowels(prompts, completions):
+    """The share of vowels among letters; 0 for no letters."""
+    return [sum(c in "aeiou" for c in t) / max(1, len(t)) for t in completions]
+
+def raises(prompts, completions):
+    raise RuntimeError("broken\\nover two lines")
+
+def too_few(prompts, completions):
+    return [0.0] * (len(completions) + 1)
+
+def nan_at_last(prompts, completions):
+    """Fine when it is tried out, NaN on a real batch."""
+    return [math.nan if len(completions) > 1 else 0.5 for _ in completions]
+'''
+
+
+def trained_study(place: Path, model: Path, **changes: Any) -> StudyFolder:
+    """A study folder as training leaves it, with random experts made by PEFT."""
+    folder = StudyFolder.create(place, parse_study(tiny_study(model, **changes)))
+    for i, expert in enumerate(("bone-vowels", "bone-short", "soup-vowels", "soup-short")):
+        make_adapter(model, folder.experts / expert, seed=i, scale=0.2)
+    normalisation = {"names": ["vowels", "short"], "sign": [1, -1], "mean": [0.1, -5.0], "std": [0.1, 3.0]}
+    folder.rollouts.mkdir()
+    folder.normalisation.write_text(json.dumps(normalisation))
+    return folder
