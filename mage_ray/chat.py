@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _UNFINISHED = "�"
 """What decoding shows in place of a character of which only some bytes are there yet."""
 
 
-class Chat:
-    """A model's tokenizer and chat template. A model without a template gets the bare text."""
+def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """The messages of a conversation that opens with ``prompt``."""
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    return [*opening, {"role": "user", "content": prompt}]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+
+class Chat:
+    """A model's tokenizer and chat template. A model without a template gets the bare text.
+
+    ``system`` takes the place of the template's own system message, where it has one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, system: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self.system = system
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         listed = ends if isinstance(ends, list) else [ends]
         self.stop = tuple(sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None}))
@@ -22,8 +34,8 @@ class Chat:
     def encode(self, prompt: str) -> tuple[int, ...]:
         """The tokens of a conversation that opens with ``prompt`` and waits for the answer."""
         if self.tokenizer.chat_template is None:
-            return tuple(self.tokenizer(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
+            return tuple(self.tokenizer(f"{self.system}\n\n{prompt}" if self.system else prompt)["input_ids"])
+        messages = conversation(prompt, self.system)
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mage_ray.chat import Chat
 from mage_ray.decoding.engine import Engine
@@ -56,7 +57,7 @@ class Generator:
                 adapter.check_origin(*origin)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         runner = RowRunner(model, AdapterBank(adapters), rows, min(length, limit or length))
-        self.chat = Chat(tokenizer, model)
+        self.chat = Chat(tokenizer, model, study.system)
         self.engine = Engine(runner, self.chat.stop)
         self.setup = bank_setup(study, list(experts))
 
@@ -84,21 +85,7 @@ class Generator:
             setup = replace(setup, candidates=candidates)
         return plan_for(method, mu, setup)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        preference: Weights,
-        method: str = "mage-i-m",
-        *,
-        strength: float | None = None,
-        candidates: int | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    ) -> list[Completion]:
-        """One answer to each prompt, all in one batch. Raises FieldError, as does ``stream``."""
-        plan = self.plan(preference, method, strength, candidates)
-        return self.run([Request(self.chat.encode(prompt), plan, sampling) for prompt in prompts])
-
-    def stream(
+    def request(
         self,
         prompt: str,
         preference: Weights,
@@ -107,9 +94,19 @@ class Generator:
         strength: float | None = None,
         candidates: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    ) -> Iterator[str]:
-        """The answer to one prompt, piece by piece."""
-        request = Request(self.chat.encode(prompt), self.plan(preference, method, strength, candidates), sampling)
+    ) -> Request:
+        """A prompt as one request for ``run``. Raises FieldError."""
+        return Request(self.chat.encode(prompt), self.plan(preference, method, strength, candidates), sampling)
+
+    def generate(
+        self, prompts: Sequence[str], preference: Weights, method: str = "mage-i-m", **options: Any
+    ) -> list[Completion]:
+        """One answer to each prompt, all in one batch. Options as of ``request``. Raises FieldError."""
+        return self.run([self.request(prompt, preference, method, **options) for prompt in prompts])
+
+    def stream(self, prompt: str, preference: Weights, method: str = "mage-i-m", **options: Any) -> Iterator[str]:
+        """The answer to one prompt, piece by piece. Options as of ``request``. Raises FieldError."""
+        request = self.request(prompt, preference, method, **options)
         return self.chat.pieces(token.id for token in self.engine.stream(request))
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:

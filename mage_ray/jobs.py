@@ -92,7 +92,7 @@ def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str =
     from rich.panel import Panel
     from rich.text import Text
 
-    from mage_ray.decoding.request import Request, Sampling
+    from mage_ray.decoding.request import Sampling
     from mage_ray.generator import Generator
 
     first, second = study.objective_names[:2]
@@ -100,7 +100,7 @@ def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str =
     sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, study.seed)
     generator = Generator.open(folder.path)
     preferences = [{first: 1.0}, {first: 0.5, second: 0.5}, {second: 1.0}]
-    requests = [Request(generator.chat.encode(prompt), generator.plan(p, "mage-i-m"), sampling) for p in preferences]
+    requests = [generator.request(prompt, p, sampling=sampling) for p in preferences]
     console.print(Text(f"\n{prompt}", style="bold"))
     for preference, answer in zip(preferences, generator.run(requests), strict=True):
         title = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())

@@ -153,6 +153,8 @@ class Study(_Part):
     seed: int = Field(default=0, ge=0)
     model: str = "smollm2-135m-instruct"
     """The embedded model's name, a local folder, or a hub id of a decoder-only model."""
+    system: str | None = None
+    """The system message of every conversation, in place of the chat template's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights while decoding."""
     objectives: dict[Name, ObjectiveSpec] = Field(min_length=2)
@@ -295,7 +297,7 @@ class StudyFolder:
         folder = cls(path)
         if folder.study_file.exists():
             there = folder.study
-            for field in ("seed", "model", "objectives", "prompts", "rollouts", "training"):
+            for field in ("seed", "model", "system", "objectives", "prompts", "rollouts", "training"):
                 if getattr(there, field) != getattr(study, field):
                     raise UserError(
                         f"{folder.path}: its study differs in {field}, allowed: the study that the folder was made "

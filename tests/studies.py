@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def nan_at_last(prompts, completions):
 
 
 def trained_study(place: Path, model: Path, **changes: Any) -> StudyFolder:
-    """A study folder as training leaves it, with random experts made by PEFT."""
-    folder = StudyFolder.create(place, parse_study(tiny_study(model, **changes)))
-    for i, expert in enumerate(("bone-vowels", "bone-short", "soup-vowels", "soup-short")):
-        make_adapter(model, folder.experts / expert, seed=i, scale=0.2)
-    normalisation = {"names": ["vowels", "short"], "sign": [1, -1], "mean": [0.1, -5.0], "std": [0.1, 3.0]}
+    """A study folder as training leaves it, with random experts by PEFT. The second objective is to be minimised."""
+    study = parse_study(tiny_study(model, **changes))
+    folder = StudyFolder.create(place, study)
+    for i, (backbone, name) in enumerate(product(study.training.backbones, study.objectives)):
+        make_adapter(model, folder.expert(backbone, name), seed=i, scale=0.2)
+    normalisation = {"names": study.objective_names, "sign": [1, -1], "mean": [0.1, -5.0], "std": [0.1, 3.0]}
     folder.rollouts.mkdir()
     folder.normalisation.write_text(json.dumps(normalisation))
     return folder

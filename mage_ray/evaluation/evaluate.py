@@ -50,6 +50,7 @@ def study_cells(study: Study, folder: StudyFolder) -> list[Cell]:
     _, prompts = study_prompts(study)
     shared = {
         "model": study.model,
+        "system": study.system,
         "dtype": study.dtype,
         "experts": [_digest_of_file(path) for path in sorted(folder.experts.glob(f"*/{WEIGHTS_FILE}"))],
         "objectives": {name: spec.model_dump() for name, spec in study.objectives.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mage_ray.chat import conversation
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.objectives import Normaliser, load, score
 from mage_ray.study import ObjectiveSpec
@@ -40,7 +41,7 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
         model=model,
         args=config,
         reward_funcs=[reward_function(name, study.objectives[name], normaliser) for name in run.weights],
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in prompts]),
+        train_dataset=Dataset.from_list([{"prompt": conversation(text, run.study.system)} for text in prompts]),
         processing_class=tokenizer,
         peft_config=lora_config(study),
     )

@@ -69,7 +69,7 @@ def _shards_logps(study: Study, shards: Sequence[tuple[Path, Sequence[Sample]]])
 
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     model = load_model(study.model, "bfloat16" if uses_bfloat16(study.training) else "float32", device)
-    chat = Chat(load_tokenizer(study.model), model)
+    chat = Chat(load_tokenizer(study.model), model, study.system)
     for path, samples in shards:
         values = torch.tensor(sample_logps(model, chat, samples), dtype=torch.float64)
         with atomic_path(path) as partial:

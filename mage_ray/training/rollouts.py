@@ -148,7 +148,7 @@ def _sample_shards(
     spec = study.rollouts
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     model = load_model(study.model, study.dtype, device)
-    chat = Chat(load_tokenizer(study.model), model)
+    chat = Chat(load_tokenizer(study.model), model, study.system)
     bank = AdapterBank([] if adapter is None else [load_adapter(adapter)])
     plan = Plan.of([((1.0,) * len(bank), 1.0)])
     scorers = load_objectives(study)
