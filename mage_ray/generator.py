@@ -128,8 +128,8 @@ class Generator:
         return scores
 
 
-_SCORED_AT_ONCE = 8
-"""Sequences in one scoring forward, which holds the logits of all their tokens: 8 of 100 tokens take 160 MB."""
+_SCORED_AT_ONCE = 16
+"""Sequences in one scoring forward, which holds the logits of all their tokens: 16 of 50 tokens take 160 MB."""
 
 
 def bank_setup(study: Study, sets: Sequence[str]) -> Setup:

@@ -17,8 +17,11 @@ _EVERY = 5.0
 
 
 @contextmanager
-def shown(console: Console, label: str) -> Iterator[Progress]:
-    """Within it, what the given function is told is shown on ``console`` under ``label``."""
+def shown(console: Console | None, label: str) -> Iterator[Progress | None]:
+    """Within it, what the given function is told is shown on ``console`` under ``label``. None shows nothing."""
+    if console is None:
+        yield None
+        return
     if not console.is_terminal:
         yield _lines(console, label)
         return

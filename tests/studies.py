@@ -33,7 +33,8 @@ def tiny_study(model: Path, **changes: Any) -> str:
         },
         "evaluation": {"grid": 3, "max_new_tokens": 12, "resamples": 50},
     }
-    return yaml.safe_dump(study | changes, sort_keys=False)
+    training = study["training"] | changes.pop("training", {})
+    return yaml.safe_dump(study | {"training": training} | changes, sort_keys=False)
 
 
 REWARDS = '''

@@ -126,7 +126,11 @@ def cluster() -> Iterator[str]:
     ray.shutdown()
 
 
-def test_a_job_is_submitted_by_the_real_job_api(place: Path, cluster: str) -> None:
+def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: Path, cluster: str) -> None:
+    """With a second round, too, which samples from the experts and scores what they said by the reference."""
+    one_set = {"backbones": {"soup": {}}, "rounds": 2}
+    guidance = {"base": "soup", "guide": "soup"}
+    (place / "study.yaml").write_text(tiny_study(tiny_model_folder, training=one_set, guidance=guidance))
     root = Path(__file__).parent.parent
     entry = f"{sys.executable} jobs/train.py --study {place / 'study.yaml'} --folder {place / 'run'}"
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster, "--working-dir", "."]
@@ -141,4 +145,6 @@ def test_a_job_is_submitted_by_the_real_job_api(place: Path, cluster: str) -> No
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in done.stdout.lower() + done.stderr.lower()
     assert "rollouts: 24/24" in done.stdout
-    assert {p.name for p in (place / "run" / "experts").iterdir()} == set(EXPERTS)
+    assert {p.name for p in (place / "run" / "experts").iterdir()} == {"soup-vowels", "soup-short"}
+    record = json.loads((place / "run" / "experts" / "soup-short" / "mage_ray.json").read_text())
+    assert record["steps"] == 2 * 4

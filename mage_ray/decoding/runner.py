@@ -127,8 +127,8 @@ class RowRunner:
             scores: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
             for logits_TV, i in zip(logits_BTV, order, strict=True):
                 targets = torch.tensor(tokens[i][starts[i] :], device=logits_TV.device, dtype=torch.long)
-                logprobs_TV = logits_TV[: len(targets)].float().log_softmax(-1)
-                scores[i] = logprobs_TV.gather(1, targets[:, None])[:, 0].cpu()
+                logits_tV = logits_TV[: len(targets)].float()
+                scores[i] = (logits_tV.gather(1, targets[:, None])[:, 0] - logits_tV.logsumexp(-1)).cpu()
             return scores
         finally:
             self.drop(numbers)

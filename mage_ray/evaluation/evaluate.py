@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,10 @@ from mage_ray.training.rollouts import draw_seed, load_normaliser, load_objectiv
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_CELLS = 12
+"""Cells in a shard, at most: they are generated in one batch, and a worker that is killed loses that much."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ def evaluate_study(study: Study, folder: StudyFolder, progress: Progress | None 
         objectives.probe(name, scorer)
     cells = study_cells(study, folder)
     missing = [cell for cell in cells if not cell.path.exists()]
-    # A worker gets a method's cells together: their requests fill one batch.
-    shards = [list(group) for _, group in groupby(missing, key=lambda cell: cell.method)]
+    # The costly ones first, dealt out in turn: shards of like cost, each enough to fill a batch.
+    missing.sort(key=lambda cell: -len(cell.plan.rows))
+    count = study.evaluation.workers * -(-len(missing) // (study.evaluation.workers * _CELLS))
+    shards = [missing[i::count] for i in range(count) if missing[i::count]]
     each = study.prompts.evaluation * len(study.evaluation.seeds)
     run_shards(
         _evaluate_shards,
@@ -117,22 +122,23 @@ def _evaluate_shards(study: Study, folder: Path, shards: Sequence[Sequence[Cell]
     encoded = {prompt.id: generator.chat.encode(prompt.text) for prompt in prompts}
     for cells in shards:
         todo = [cell for cell in cells if not cell.path.exists()]
+        # Prompt by prompt: rows that several cells share, the reference above all, are computed once.
+        asked = [(cell, prompt, seed) for prompt, seed in draws for cell in todo]
         requests = [
             Request(encoded[prompt.id], cell.plan, Sampling(*_sampling(study, draw_seed(study.seed, prompt.id, seed))))
-            for cell in todo
-            for prompt, seed in draws
+            for cell, prompt, seed in asked
         ]
         tokens: list[list[Token]] = [[] for _ in requests]
         for index, token in generator.engine.events(requests):
             tokens[index].append(token)
             if token.finished:
                 yield 1
+        answers = [generator.completion(Generation.of(drawn)) for drawn in tokens]
+        scores = generator.reference_logprobs([(r.prompt, a.ids) for r, a in zip(requests, answers, strict=True)])
         for i, cell in enumerate(todo):
-            answers = [generator.completion(Generation.of(t)) for t in tokens[i * len(draws) : (i + 1) * len(draws)]]
-            texts = [answer.text for answer in answers]
-            raw_NM = score_all(scorers, [prompt.text for prompt, _ in draws], texts)
-            pairs = [(encoded[prompt.id], answer.ids) for (prompt, _), answer in zip(draws, answers, strict=True)]
-            _write_cell(cell, draws, answers, generator.reference_logprobs(pairs), raw_NM, normaliser)
+            own = slice(i, None, len(todo))
+            raw_NM = score_all(scorers, [prompt.text for prompt, _ in draws], [a.text for a in answers[own]])
+            _write_cell(cell, draws, answers[own], scores[own], raw_NM, normaliser)
 
 
 def _write_cell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import shutil
@@ -16,12 +15,13 @@ from mage_ray.cluster import connected
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path
 from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
+from mage_ray.progress import shown as counted_on
 from mage_ray.study import Study, StudyFolder
 from mage_ray.training.checkpoint import CONFIG, WEIGHTS, load_state
 from mage_ray.training.pairs import Pair, expert_pairs, training_order
 from mage_ray.training.progress import shown
 from mage_ray.training.ray_train import fit
-from mage_ray.training.reference import reference_logps
+from mage_ray.training.reference import pool_logps, reference_logps
 from mage_ray.training.rollouts import load_pool, sample_pool
 from mage_ray.training.worker import METRICS, Run
 
@@ -108,20 +108,23 @@ def _train_round(
     console: Console | None,
 ) -> list[Expert]:
     """One round of all ``experts``; returns them for the next one. The last round puts them in their places."""
-    runs = _runs(study, folder, experts, pool, round)
+    runs = _runs(study, folder, experts, pool, round, console)
     failures: list[UserError] = []
 
     def work(expert: Expert, run: Run) -> None:
         try:
             checkpoint = fit(run)
             last = round == study.training.rounds - 1
-            _export(study, expert, checkpoint, expert.places if last else [_between(folder, expert, round)])
+            places = expert.places if last else [_between(folder, expert, round)]
+            _export(study, expert, checkpoint, places, origin.result())
         except UserError as error:
             failures.append(error)
             _log.error("%s", error)
 
     watched = {run.name: (run.folder / METRICS, study.training.steps) for run in runs.values()}
-    with shown(console, watched), ThreadPoolExecutor(at_once) as threads:
+    with shown(console, watched), ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(at_once) as threads:
+        # In one thread, beside the training: transformers can't be imported from two at once.
+        origin = aside.submit(_origin, study.model)
         for future in [threads.submit(work, expert, runs[expert.name]) for expert in experts]:
             future.result()
     if failures:
@@ -129,7 +132,14 @@ def _train_round(
     return list(experts)
 
 
-def _runs(study: Study, folder: StudyFolder, experts: Sequence[Expert], pool: DataFrame, round: int) -> dict[str, Run]:
+def _runs(
+    study: Study,
+    folder: StudyFolder,
+    experts: Sequence[Expert],
+    pool: DataFrame,
+    round: int,
+    console: Console | None,
+) -> dict[str, Run]:
     """The run of each expert, by the expert's name."""
     spec = study.training
     pairs: dict[str, list[Pair]] = {}
@@ -144,8 +154,11 @@ def _runs(study: Study, folder: StudyFolder, experts: Sequence[Expert], pool: Da
             )
             order = training_order(len(found), spec.steps * spec.batch_size, study.seed + round)
             pairs[expert.name] = [found[i] for i in order]
-        used = [sample for own in pairs.values() for pair in own for sample in (pair.chosen, pair.rejected)]
-        reference = reference_logps(study, folder.checkpoints, used)
+        used = {sample for own in pairs.values() for pair in own for sample in (pair.chosen, pair.rejected)}
+        reference = pool_logps(study, pool) if round == 0 else {}
+        if unknown := sorted(used - reference.keys()):
+            with counted_on(console, "reference") as told:
+                reference |= reference_logps(study, folder.checkpoints, unknown, told)
     prompts: list[str] = []
     if spec.method == "grpo":
         found_prompts = list(pool.drop_duplicates("prompt_id").sort_values("prompt_id")["prompt"])
@@ -174,12 +187,11 @@ def _between(folder: StudyFolder, expert: Expert, round: int) -> Path:
     return folder.checkpoints / "rounds" / str(round) / expert.name
 
 
-def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Path]) -> None:
+def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Path], origin: Mapping[str, str]) -> None:
     """Put the adapter of a finished run in ``places``, with its record."""
     state = load_state(checkpoint)
     record = {
-        "base_model": _base_model(study.model),
-        "tokenizer": tokenizer_fingerprint(load_tokenizer(study.model)),
+        **origin,
         "weights": dict(expert.weights),
         "steps": state.step * study.training.rounds,
         "metrics": state.metrics,
@@ -192,9 +204,9 @@ def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Pat
     _copy(places[0], places)
 
 
-@functools.cache
-def _base_model(name: str) -> str:
-    return fingerprint(name)
+def _origin(model: str) -> dict[str, str]:
+    """What the experts are trained from, by content."""
+    return {"base_model": fingerprint(model), "tokenizer": tokenizer_fingerprint(load_tokenizer(model))}
 
 
 def _copy(source: Path, places: Sequence[Path]) -> None:

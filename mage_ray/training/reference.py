@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mage_ray.cluster import run_shards
+from mage_ray.cluster import Progress, counted, run_shards
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path
 from mage_ray.models import load_model, load_tokenizer
@@ -17,6 +17,7 @@ from mage_ray.training.pairs import Sample
 from mage_ray.training.worker import uses_bfloat16
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from transformers import PreTrainedModel
 
     from mage_ray.chat import Chat
@@ -26,7 +27,21 @@ _ROWS = 8
 """Sequences at once; each brings its logits over the whole vocabulary with it."""
 
 
-def reference_logps(study: Study, checkpoints: Path, samples: Sequence[Sample]) -> dict[Sample, float]:
+def pool_logps(study: Study, pool: DataFrame) -> dict[Sample, float]:
+    """The same for samples of the reference's own pool, which were scored as they were drawn.
+
+    Empty where training computes in another precision than decoding: the policy then starts with a log-ratio to its
+    reference that is rounding alone, so it has to be computed anew.
+    """
+    if uses_bfloat16(study.training) != (study.dtype == "bfloat16"):
+        return {}
+    columns = zip(pool["prompt"], pool["ids"], pool["logprob"], strict=True)
+    return {Sample(str(prompt), tuple(map(int, ids))): float(logprob) for prompt, ids, logprob in columns}
+
+
+def reference_logps(
+    study: Study, checkpoints: Path, samples: Sequence[Sample], progress: Progress | None = None
+) -> dict[Sample, float]:
     """Natural-log probability of each sample's answer given its prompt, over Ray workers; kept in ``checkpoints``.
 
     Killed and started again, it computes what is missing. Ray must be connected. Raises UserError.
@@ -36,19 +51,22 @@ def reference_logps(study: Study, checkpoints: Path, samples: Sequence[Sample]) 
 
     # Neighbours of one length waste little on padding.
     unique = sorted(set(samples), key=lambda sample: (len(sample.prompt) + len(sample.ids), sample))
-    digest = hashlib.sha256(json.dumps([study.model, study.training.precision, unique]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        json.dumps([study.model, study.system, study.training.precision, unique]).encode()
+    ).hexdigest()[:16]
     place = checkpoints / f"reference-{digest}"
     shards = [
         (place / f"shard-{i:05d}.safetensors", unique[i * _SHARD : (i + 1) * _SHARD])
         for i in range(-(-len(unique) // _SHARD))
     ]
+    missing = [shard for shard in shards if not shard[0].exists()]
     run_shards(
         _shards_logps,
-        [shard for shard in shards if not shard[0].exists()],
+        missing,
         (study,),
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
-        on_progress=lambda _: None,
+        on_progress=counted(progress, len(unique) - sum(len(part) for _, part in missing), len(unique)),
     )
     logps: dict[Sample, float] = {}
     for path, part in shards:

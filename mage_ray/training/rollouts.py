@@ -84,8 +84,9 @@ def sample_pool(
 
 
 def load_pool(folder: StudyFolder, study: Study, place: Path | None = None) -> pd.DataFrame:
-    """The pool, one row per completion: prompt_id, prompt, sample, completion, ids, tokens, finished, raw/<objective>
-    and reward/<objective>, the normalised one. Raises UserError when it is missing or corrupt."""
+    """The pool, one row per completion: prompt_id, prompt, sample, completion, ids, tokens, logprob, finished,
+    raw/<objective> and reward/<objective>, the normalised one. ``logprob`` is the whole answer's, in nats, under the
+    model that it was sampled from, at temperature 1. Raises UserError when the pool is missing or corrupt."""
     pool = _read_shards(place or folder.rollouts, study)
     normalised = load_normaliser(folder, study).apply(pool[[f"raw/{name}" for name in study.objectives]].to_numpy())
     for name, column in zip(study.objectives, normalised.T, strict=True):
@@ -124,7 +125,15 @@ def _read_shards(place: Path, study: Study) -> pd.DataFrame:
     if not frames:
         raise UserError(f"{place}: no rollouts, allowed: a study whose pool was sampled (mage-ray train)")
     pool = pd.concat(frames, ignore_index=True)
-    for column in ["prompt_id", "prompt", "completion", "finished", *(f"raw/{name}" for name in study.objectives)]:
+    for column in [
+        "prompt_id",
+        "prompt",
+        "completion",
+        "ids",
+        "logprob",
+        "finished",
+        *(f"raw/{name}" for name in study.objectives),
+    ]:
         if column not in pool:
             raise UserError(f"{place}: has no column {column}, allowed: the rollouts of this study")
     return pool
@@ -185,6 +194,7 @@ def _sample_shards(
                 "completion": texts,
                 "ids": [answer.ids for answer in answers],
                 "tokens": [len(answer.ids) for answer in answers],
+                "logprob": [sum(answer.logprobs) for answer in answers],
                 "finished": [answer.finished == "stop" for answer in answers],
                 **{f"raw/{name}": column for name, column in zip(scorers, raw_NM.T, strict=True)},
             }

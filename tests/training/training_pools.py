@@ -87,7 +87,19 @@ def make_folder(path: Path, study: Study, pool: pd.DataFrame) -> StudyFolder:
     folder = StudyFolder.create(path, study)
     folder.rollouts.mkdir()
     names = study.objective_names
+    pool = pool.assign(logprob=reference_logprobs(study, pool))
     raw_NM = pool[[f"raw/{name}" for name in names]].to_numpy()
     pool.drop(columns=[f"reward/{name}" for name in names]).to_parquet(folder.rollouts / "shard-00000.parquet")
     folder.normalisation.write_text(Normaliser.fit(names, ["maximise"] * len(names), raw_NM).to_json())
     return folder
+
+
+def reference_logprobs(study: Study, pool: pd.DataFrame) -> list[float]:
+    from mage_ray.chat import Chat
+    from mage_ray.models import load_model, load_tokenizer
+    from mage_ray.training.pairs import Sample
+    from mage_ray.training.reference import sample_logps
+
+    model = load_model(study.model)
+    samples = [Sample(prompt, tuple(ids)) for prompt, ids in zip(pool["prompt"], pool["ids"], strict=True)]
+    return sample_logps(model, Chat(load_tokenizer(study.model), model), samples)
