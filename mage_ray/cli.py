@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mage_ray.errors import FieldError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +145,8 @@ def _export(options: argparse.Namespace) -> None:
     export_experts(options.expert, coefficients, Path(options.out), options.full, options.model)
 
 
-def _console():  # type: ignore[no-untyped-def]
+def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    # A pipe or a log has no width of its own; the tables want 100 columns.
+    return Console(width=None if sys.stdout.isatty() else 100)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from mage_ray.evaluation.summary import Summary
 
-DEMO_PROMPT = "Tell me what you think of rainy days."
+SHOWN_PROMPT = "How was your day?"
+SHOWN_TEMPERATURE = 0.4
+"""Low, so that the three answers differ by preference more than by chance."""
 
 
 def open_study(study: Path | str, folder: Path | str | None = None) -> tuple[Study, StudyFolder]:
@@ -87,7 +89,7 @@ def demo(study: Study, folder: StudyFolder, console: Console) -> None:
     console.print(f"demo: {time.monotonic() - start:.0f} s in this run", highlight=False)
 
 
-def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str = DEMO_PROMPT) -> None:
+def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str = SHOWN_PROMPT) -> None:
     """One prompt answered by MAGE-I-M at the first objective's corner, in the middle, and at the second's."""
     from rich.panel import Panel
     from rich.text import Text
@@ -97,7 +99,7 @@ def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str =
 
     first, second = study.objective_names[:2]
     spec = study.evaluation
-    sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, study.seed)
+    sampling = Sampling(spec.max_new_tokens, SHOWN_TEMPERATURE, spec.top_p, study.seed)
     generator = Generator.open(folder.path)
     preferences = [{first: 1.0}, {first: 0.5, second: 0.5}, {second: 1.0}]
     requests = [generator.request(prompt, p, sampling=sampling) for p in preferences]

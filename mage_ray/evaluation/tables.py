@@ -170,7 +170,7 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
         table = Table(title=group, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("method", no_wrap=True, overflow="ellipsis", max_width=28)
         for column in columns:
-            table.add_column(column.label, justify="right", no_wrap=True)
+            table.add_column(column.label, justify="right")
         marked = [marks(summary, column) for column in columns]
         for one in summary.methods:
             cells = [
