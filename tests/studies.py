@@ -19,8 +19,8 @@ def tiny_study(model: Path, **changes: Any) -> str:
         "name": "tiny",
         "model": str(model),
         "objectives": {
-            "vowels": {"type": "function", "path": "rewards:vowels", "direction": "maximise", "low": 0, "high": 1},
-            "short": {"type": "brevity"},
+            "even": {"type": "function", "path": "rewards:even", "direction": "maximise", "low": 0, "high": 1},
+            "short": {"type": "function", "path": "rewards:spread", "direction": "minimise", "low": 0, "high": 1},
         },
         "prompts": {"train": 6, "evaluation": 4},
         "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 12, "prompts_per_shard": 3},
@@ -40,9 +40,13 @@ def tiny_study(model: Path, **changes: Any) -> str:
 REWARDS = '''
 import math
 
-def vowels(prompts, completions):
-    """The share of vowels among letters; 0 for no letters."""
-    return [sum(c in "aeiou" for c in t) / max(1, len(t)) for t in completions]
+def even(prompts, completions):
+    """The share of characters with an even code; 0 for no characters."""
+    return [sum(ord(c) % 2 == 0 for c in t) / max(1, len(t)) for t in completions]
+
+def spread(prompts, completions):
+    """The mean of the codes' remainders by 5, over 4."""
+    return [sum(ord(c) % 5 for c in t) / max(1, 4 * len(t)) for t in completions]
 
 def raises(prompts, completions):
     raise RuntimeError("broken\\nover two lines")

@@ -23,7 +23,7 @@ from mage_ray.decoding.request import Sampling
 from mage_ray.generator import Generator
 from mage_ray.study import StudyFolder
 
-ARGUMENTS = ["--preference", "vowels=0.7,short=0.3", "--max-new-tokens", "10", "--seed", "3"]
+ARGUMENTS = ["--preference", "even=0.7,short=0.3", "--max-new-tokens", "10", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_generate_streams_what_the_library_gives(trained: StudyFolder, capsys: p
     printed = capsys.readouterr().out
     generator = Generator.open(trained.path)
     [expected] = generator.generate(
-        ["say something"], {"vowels": 0.7, "short": 0.3}, strength=1.5, sampling=Sampling(10, 0.7, seed=3)
+        ["say something"], {"even": 0.7, "short": 0.3}, strength=1.5, sampling=Sampling(10, 0.7, seed=3)
     )
     assert printed == expected.text + "\n"
     assert len(expected.ids) > 0
@@ -62,10 +62,10 @@ def test_generate_streams_what_the_library_gives(trained: StudyFolder, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preference", "vowels=1.2,short=-0.2"], "preference.short: got -0.2"),
-        (["--preference", "vowels=nan,short=1"], "preference.vowels: got nan"),
-        (["--preference", "vowels=0.5,short=0.4"], "a sum of 0.9"),
-        (["--preference", "kind=1"], "objectives of this study: vowels, short"),
+        (["--preference", "even=1.2,short=-0.2"], "preference.short: got -0.2"),
+        (["--preference", "even=nan,short=1"], "preference.even: got nan"),
+        (["--preference", "even=0.5,short=0.4"], "a sum of 0.9"),
+        (["--preference", "kind=1"], "objectives of this study: even, short"),
         ([*ARGUMENTS, "--method", "magic"], "method: got magic, allowed: one of reference"),
         ([*ARGUMENTS, "--strength", "-1"], "strength: got -1"),
         ([*ARGUMENTS, "--candidates", "0"], "candidates: got 0"),
@@ -95,7 +95,7 @@ def poison(folder: StudyFolder) -> None:
     [
         (lambda f: f.study_file.unlink(), "study.yaml: cannot be read"),
         (lambda f: f.study_file.write_text("model: ["), "not YAML"),
-        (lambda f: shutil.rmtree(f.expert("bone", "vowels")), "there is no expert"),
+        (lambda f: shutil.rmtree(f.expert("bone", "even")), "there is no expert"),
         (lambda f: (f.expert("bone", "short") / "adapter_model.safetensors").write_bytes(b"junk"), "corrupt"),
         (lambda f: (f.expert("bone", "short") / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda f: origin(f, base_model="0123456789abcdef"), "another base model"),
@@ -113,19 +113,19 @@ def test_a_damaged_study_is_refused(
 def test_an_expert_of_a_wider_model_is_refused(
     own: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(own.expert("bone", "vowels"))
-    make_adapter(make_tiny_model(tmp_path / "wide", hidden_size=64), own.expert("bone", "vowels"))
+    shutil.rmtree(own.expert("bone", "even"))
+    make_adapter(make_tiny_model(tmp_path / "wide", hidden_size=64), own.expert("bone", "even"))
     error = refused(["generate", "hello", "--study", str(own.path), *ARGUMENTS], capsys)
-    assert "adapter bone-vowels" in error
+    assert "adapter bone-even" in error
     assert "as in this base model" in error
 
 
 def test_export_with_and_without_a_study_agree(
     trained: StudyFolder, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experts = [f"--expert={trained.expert('bone', name)}" for name in ("vowels", "short")]
+    experts = [f"--expert={trained.expert('bone', name)}" for name in ("even", "short")]
     assert main(["export", *experts, "--coefficients=1.75,-0.75", "--out", str(tmp_path / "a")]) == 0
-    study = ["--study", str(trained.path), "--preference", "vowels=1"]
+    study = ["--study", str(trained.path), "--preference", "even=1"]
     assert main(["export", *study, "--out", str(tmp_path / "b")]) == 0
     assert main(["export", *study, "--out", str(tmp_path / "full"), "--full"]) == 0
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
@@ -153,7 +153,7 @@ def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(
     full: list[str], trained: StudyFolder, tmp_path: Path
 ) -> None:
     """A limit on file size stands for the full disk: the kernel refuses to write on."""
-    command = [sys.executable, "-c", LIMITED, "export", "--study", str(trained.path), "--preference", "vowels=1"]
+    command = [sys.executable, "-c", LIMITED, "export", "--study", str(trained.path), "--preference", "even=1"]
     done = subprocess.run([*command, "--out", str(tmp_path / "out"), *full], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("mage-ray: ")
@@ -173,9 +173,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("raises", "objectives.vowels: got RuntimeError"),
-        ("too_few", "objectives.vowels"),
-        ("nan_at_last", "objectives.vowels"),
+        ("raises", "objectives.even: got RuntimeError"),
+        ("too_few", "objectives.even"),
+        ("nan_at_last", "objectives.even"),
     ],
 )
 def test_an_objective_that_misbehaves_ends_evaluation_in_one_line(
@@ -184,7 +184,7 @@ def test_an_objective_that_misbehaves_ends_evaluation_in_one_line(
     (tmp_path / "rewards.py").write_text(REWARDS)
     spec = {"type": "function", "path": f"rewards:{function}", "direction": "maximise", "low": 0, "high": 1}
     folder = trained_study(
-        tmp_path / "study", tiny_model_folder, objectives={"vowels": spec, "short": {"type": "brevity"}}
+        tmp_path / "study", tiny_model_folder, objectives={"even": spec, "short": {"type": "brevity"}}
     )
     done = subprocess.run(
         [sys.executable, "-m", "mage_ray", "evaluate", "--study", str(folder.path)],

@@ -19,7 +19,7 @@ from mage_ray.generator import Generator
 
 pytestmark = pytest.mark.slow
 
-EXPERTS = ("bone-vowels", "bone-short", "soup-vowels", "soup-short")
+EXPERTS = ("bone-even", "bone-short", "soup-even", "soup-short")
 
 
 @pytest.fixture
@@ -145,6 +145,6 @@ def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in done.stdout.lower() + done.stderr.lower()
     assert "rollouts: 24/24" in done.stdout
-    assert {p.name for p in (place / "run" / "experts").iterdir()} == {"soup-vowels", "soup-short"}
+    assert {p.name for p in (place / "run" / "experts").iterdir()} == {"soup-even", "soup-short"}
     record = json.loads((place / "run" / "experts" / "soup-short" / "mage_ray.json").read_text())
     assert record["steps"] == 2 * 4

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.training.pairs import Pair, Sample
-from mage_ray.training.worker import Continued, Run, lora_config
+from mage_ray.training.run import Continued, Run, lora_config
 
 if TYPE_CHECKING:
     from mage_ray.chat import Chat

@@ -23,7 +23,7 @@ from mage_ray.training.progress import shown
 from mage_ray.training.ray_train import fit
 from mage_ray.training.reference import pool_logps, reference_logps
 from mage_ray.training.rollouts import load_pool, sample_pool
-from mage_ray.training.worker import METRICS, Run
+from mage_ray.training.run import METRICS, Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -9,7 +9,7 @@ from mage_ray.chat import conversation
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.objectives import Normaliser, load, score
 from mage_ray.study import ObjectiveSpec
-from mage_ray.training.worker import Continued, Run, lora_config
+from mage_ray.training.run import Continued, Run, lora_config
 
 
 def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:

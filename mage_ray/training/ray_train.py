@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from mage_ray.errors import UserError
-from mage_ray.training.worker import Run, train
+from mage_ray.training.run import Run
+from mage_ray.training.worker import train
 
 _RESTARTS = 2
 """How often a job whose worker died goes on from its last checkpoint before it is given up."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mage_ray.study import Study, TrainingSpec
+from mage_ray.study import TrainingSpec
 from mage_ray.training.checkpoint import (
     TrainingState,
     load_adapter_weights,
@@ -25,42 +23,13 @@ from mage_ray.training.checkpoint import (
     save_optimiser,
     save_state,
 )
-from mage_ray.training.pairs import Pair
+from mage_ray.training.dpo import dpo_trainer
+from mage_ray.training.grpo import grpo_trainer
+from mage_ray.training.run import METRICS, Run
 from mage_ray.training.zero import full_weights, prepare_deepspeed, zero_config
-
-if TYPE_CHECKING:
-    import torch
-
-METRICS = "metrics.jsonl"
 
 _MICRO_BATCH = 8
 """Pairs or completions at once on one worker; a larger share of the batch is accumulated."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One round of one expert, whole: a worker needs nothing else but the model and the objectives."""
-
-    name: str
-    study: Study
-    checkpoints: Path
-    """The study's folder of checkpoints; this run's are in ``<name>`` there."""
-    weights: Mapping[str, float]
-    """The expert's row of the mix, by the objectives' names."""
-    pairs: Sequence[Pair] = ()
-    """DPO: the pairs of all steps, in the order of their use."""
-    reference: Mapping[Any, float] = field(default_factory=dict)
-    """DPO: the reference's log-probability of each sample in ``pairs``."""
-    prompts: Sequence[str] = ()
-    """GRPO: the prompts of all steps, in the order of their use."""
-    normalisation: str = ""
-    """GRPO: the JSON of the objectives' Normaliser."""
-    start: Path | None = None
-    """The adapter to start from, for a further round."""
-
-    @property
-    def folder(self) -> Path:
-        return self.checkpoints / self.name
 
 
 def train(config: Mapping[str, Run]) -> None:
@@ -88,9 +57,6 @@ def train(config: Mapping[str, Run]) -> None:
 
 def _train_from(run: Run, last: Path | None, rank: int, workers: int, distributed: bool) -> None:
     from transformers import PrinterCallback
-
-    from mage_ray.training.dpo import dpo_trainer
-    from mage_ray.training.grpo import grpo_trainer
 
     spec = run.study.training
     done = 0 if last is None else load_state(last).step
@@ -146,46 +112,6 @@ def uses_bfloat16(spec: TrainingSpec) -> bool:
     import torch
 
     return bool(spec.gpus_per_worker) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def lora_config(study: Study) -> Any:
-    from peft import LoraConfig
-
-    lora = study.training.lora
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rank_stabilised,
-        target_modules=lora.targets,
-        task_type="CAUSAL_LM",
-    )
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Of the peak, before step ``step`` (from 0): a linear rise over a tenth of the steps, then a cosine to a tenth."""
-    rise = max(1, steps // 10)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-class Continued:
-    """Mixed into a trainer that takes up a run after ``done`` of ``steps`` steps: its schedule goes on from there."""
-
-    done: int
-    steps: int
-    lr_scheduler: Any
-    optimizer: Any
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        from torch.optim.lr_scheduler import LambdaLR
-
-        if self.lr_scheduler is None:
-            done, steps = self.done, self.steps
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda k: learning_rate_factor(done + k, steps))
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
 
 def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, workers: int) -> Any:

@@ -27,7 +27,7 @@ from mage_ray.models import fingerprint
 from mage_ray.training.checkpoint import load_state
 from mage_ray.training.experts import RECORD, study_experts, train_experts
 from mage_ray.training.ray_train import fit
-from mage_ray.training.worker import METRICS
+from mage_ray.training.run import METRICS
 
 pytestmark = pytest.mark.slow
 

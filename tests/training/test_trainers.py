@@ -16,7 +16,7 @@ from mage_ray.training.pairs import Sample, preference_pairs, training_order
 from mage_ray.training.progress import read_metrics
 from mage_ray.training.ray_train import fit
 from mage_ray.training.reference import sample_logps
-from mage_ray.training.worker import METRICS, Run, learning_rate_factor
+from mage_ray.training.run import METRICS, Run, learning_rate_factor
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,83 @@
+"""A run: one round of one expert, and what its trainers have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mage_ray.study import Study
+from mage_ray.training.pairs import Pair
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One round of one expert, whole: a worker needs nothing else but the model and the objectives."""
+
+    name: str
+    study: Study
+    checkpoints: Path
+    """The study's folder of checkpoints; this run's are in ``<name>`` there."""
+    weights: Mapping[str, float]
+    """The expert's row of the mix, by the objectives' names."""
+    pairs: Sequence[Pair] = ()
+    """DPO: the pairs of all steps, in the order of their use."""
+    reference: Mapping[Any, float] = field(default_factory=dict)
+    """DPO: the reference's log-probability of each sample in ``pairs``."""
+    prompts: Sequence[str] = ()
+    """GRPO: the prompts of all steps, in the order of their use."""
+    normalisation: str = ""
+    """GRPO: the JSON of the objectives' Normaliser."""
+    start: Path | None = None
+    """The adapter to start from, for a further round."""
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoints / self.name
+
+
+def lora_config(study: Study) -> Any:
+    from peft import LoraConfig
+
+    lora = study.training.lora
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rank_stabilised,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Of the peak, before step ``step`` (from 0): a linear rise over a tenth of the steps, then a cosine to a tenth."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+class Continued:
+    """Mixed into a trainer that takes up a run after ``done`` of ``steps`` steps: its schedule goes on from there."""
+
+    done: int
+    steps: int
+    lr_scheduler: Any
+    optimizer: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if self.lr_scheduler is None:
+            done, steps = self.done, self.steps
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda k: learning_rate_factor(done + k, steps))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
