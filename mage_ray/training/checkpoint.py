@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.errors import UserError
+from mage_ray.merging.adapter import WEIGHTS_FILE
 from mage_ray.training.zero import optimiser_tensors
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 STATE = "state.json"
 
 
@@ -39,7 +38,7 @@ def save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name.replace(".default.", "."): tensor for name, tensor in weights.items()},
-        folder / WEIGHTS,
+        folder / WEIGHTS_FILE,
         metadata={"format": "pt"},
     )
     config.save_pretrained(str(folder))
@@ -52,7 +51,7 @@ def load_adapter_weights(folder: Path, model: torch.nn.Module) -> None:
     """
     import torch
 
-    stored = _read(folder / WEIGHTS)
+    stored = _read(folder / WEIGHTS_FILE)
     parameters = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != parameters.keys():
         raise UserError(f"{folder}: not an adapter of this study's model; delete it, and the next run makes it again")

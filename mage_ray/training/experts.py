@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path
+from mage_ray.merging.adapter import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
 from mage_ray.progress import shown as counted_on
 from mage_ray.study import Study, StudyFolder
-from mage_ray.training.checkpoint import CONFIG, WEIGHTS, load_state
+from mage_ray.training.checkpoint import load_state
 from mage_ray.training.pairs import Pair, expert_pairs, training_order
 from mage_ray.training.progress import shown
 from mage_ray.training.ray_train import fit
@@ -28,9 +29,6 @@ from mage_ray.training.run import METRICS, Run
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
-
-RECORD = "mage_ray.json"
-"""In an expert's folder: what it was trained from, for what, and how that ended."""
 
 _log = logging.getLogger("mage_ray")
 
@@ -95,7 +93,7 @@ def check_training(study: Study) -> None:
 
 def is_expert(place: Path) -> bool:
     """Whether a whole expert is there (its folder comes into being at once)."""
-    return (place / RECORD).is_file()
+    return (place / ORIGIN_FILE).is_file()
 
 
 def _train_round(
@@ -198,9 +196,9 @@ def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Pat
     }
     with atomic_path(places[0]) as partial:
         partial.mkdir()
-        for name in (WEIGHTS, CONFIG):
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
             shutil.copyfile(checkpoint / name, partial / name)
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / ORIGIN_FILE).write_text(json.dumps(record, indent=2) + "\n")
     _copy(places[0], places)
 
 

@@ -133,6 +133,20 @@ def test_logprobs_of_every_method_are_the_formula_over_separately_merged_float64
         np.testing.assert_allclose(drawn.logprobs, direct_logprob(model_of, request, drawn), atol=2e-4)
 
 
+def test_bfloat16_weights_give_the_same_numbers_to_their_rounding(
+    tiny_model_folder: Path, experts: list[Path], engine: Engine, setup: Setup
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
+    runner = RowRunner(model, AdapterBank([load_adapter(e) for e in experts]), rows=24, length=200)
+    row = plan_for("bone-soup", (0.7, 0.3), setup).rows[0]
+    sequence = ids(PROMPTS[3])
+    [rounded], [exact] = (r.score(row, [sequence], [20]) for r in (runner, engine.runner))
+    assert 0 < float((rounded - exact).abs().max()) < 0.3
+    assert abs(float((rounded - exact).mean())) < 0.05
+    [drawn] = Engine(runner, [258]).generate([Request(sequence, plan_for("mage-i-e", (0.7, 0.3), setup), Sampling(10))])
+    assert len(drawn.ids) > 0
+
+
 def test_a_mixed_batch_draws_what_each_request_draws_alone(engine: Engine, setup: Setup) -> None:
     """24 rows for 16 requests of up to 4: they also wait for each other, join late and move between slots."""
     asked = requests(setup)

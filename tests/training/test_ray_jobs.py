@@ -23,9 +23,10 @@ from test_trainers import dpo_run
 from training_pools import make_folder, make_pool, make_study
 
 from mage_ray.errors import UserError
+from mage_ray.merging.adapter import ORIGIN_FILE
 from mage_ray.models import fingerprint
 from mage_ray.training.checkpoint import load_state
-from mage_ray.training.experts import RECORD, study_experts, train_experts
+from mage_ray.training.experts import study_experts, train_experts
 from mage_ray.training.ray_train import fit
 from mage_ray.training.run import METRICS
 
@@ -36,12 +37,22 @@ LONG: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "learning_rate": 2e-
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cluster whose workers find the locks that a killed build leaves behind: whoever builds would wait for ever.
+
+    Yields the folder of the builds.
+    """
     import ray
 
-    ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+    builds = tmp_path_factory.mktemp("torch_extensions")
+    for op in ("deepspeed_shm_comm", "cpu_adam", "fused_adam", "utils"):
+        (builds / op).mkdir()
+        (builds / op / "lock").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(builds))
+        ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
+        yield builds
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +84,20 @@ def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_workers_arrive_where_one_does_at_every_zero_stage(
-    ray_here: None, tiny_model_folder: Path, tmp_path: Path, alone: dict[str, np.ndarray], stage: int
+    ray_here: Path, tiny_model_folder: Path, tmp_path: Path, alone: dict[str, np.ndarray], stage: int
 ) -> None:
+    """And that no stale lock of a DeepSpeed build is in their way, since nothing is built."""
     run = dpo_run(tiny_model_folder, tmp_path, WEIGHTS, workers=2, zero_stage=stage)
     folder = fit(run)
     assert_same(weights_of(folder), alone)
+    assert {path.name for path in ray_here.rglob("*") if path.is_file()} == {"lock"}
     assert load_state(folder).workers == 2
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", *[".safetensors"] * 3]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(
-    ray_here: None, tiny_model_folder: Path, tmp_path: Path, alone_for_long: dict[str, np.ndarray], stage: int
+    ray_here: Path, tiny_model_folder: Path, tmp_path: Path, alone_for_long: dict[str, np.ndarray], stage: int
 ) -> None:
     run = dpo_run(tiny_model_folder, tmp_path, WEIGHTS, workers=2, zero_stage=stage, **LONG)
     killed = Thread(target=kill_a_worker, args=(run.folder,))
@@ -99,7 +112,7 @@ def test_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(
 
 
 def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_alone(
-    ray_here: None, tiny_model_folder: Path, tmp_path: Path
+    ray_here: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     # Two sets of the same rows: two experts to train, four places.
     backbones = {"soup": {}, "bone": {"beta": 1.0}}
@@ -110,24 +123,24 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_al
 
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder.path)], start_new_session=True)
     try:
-        wait_for(lambda: (folder.expert("soup", "early") / RECORD).exists())
+        wait_for(lambda: (folder.expert("soup", "early") / ORIGIN_FILE).exists())
         wait_for(lambda: checkpointed(folder.checkpoints / "soup-late"))
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    first = (folder.expert("soup", "early") / RECORD).stat().st_mtime_ns
-    assert not (folder.expert("soup", "late") / RECORD).exists()
+    first = (folder.expert("soup", "early") / ORIGIN_FILE).stat().st_mtime_ns
+    assert not (folder.expert("soup", "late") / ORIGIN_FILE).exists()
 
     printed = Console(file=io.StringIO(), force_terminal=False, width=120)
     train_experts(study, folder, printed)
-    assert (folder.expert("soup", "early") / RECORD).stat().st_mtime_ns == first
+    assert (folder.expert("soup", "early") / ORIGIN_FILE).stat().st_mtime_ns == first
     steps = steps_made(folder.checkpoints / "soup-late" / METRICS)
     assert sorted(set(steps)) == list(range(1, LONG["steps"] + 1))
     back = [now for before, now in pairwise(steps) if now <= before]
     assert len(back) <= 1 and all(now > LONG["checkpoint_every"] for now in back)
     assert len(steps_made(folder.checkpoints / "soup-early" / METRICS)) == LONG["steps"]
 
-    record = json.loads((folder.expert("bone", "late") / RECORD).read_text())
+    record = json.loads((folder.expert("bone", "late") / ORIGIN_FILE).read_text())
     assert record["weights"] == {"early": 0.0, "late": 1.0} and record["steps"] == LONG["steps"]
     assert record["base_model"] == fingerprint(study.model) and record["metrics"]["loss"] < 0.7
     shared = [weights_of(folder.expert(backbone, "early")) for backbone in ("soup", "bone")]
@@ -139,7 +152,7 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_al
 
 
 def test_failure_names_the_expert_and_its_cause(
-    ray_here: None, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_here: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mage_ray.training.ray_train._RESTARTS", 0)
     study = make_study(tiny_model_folder, lora={"rank": 4, "targets": ["no_such_layer"]}, backbones={"soup": {}})
@@ -149,7 +162,7 @@ def test_failure_names_the_expert_and_its_cause(
     assert "\n" not in str(error.value)
 
 
-def test_more_than_the_cluster_has_is_refused_at_once(ray_here: None, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_more_than_the_cluster_has_is_refused_at_once(ray_here: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     study = make_study(tiny_model_folder, workers=4)
     folder = make_folder(tmp_path / "study", study, make_pool())
     with pytest.raises(UserError, match=r"4 CPUs .* 2 that"):
