@@ -59,7 +59,9 @@ def run_shards(
     if not shards:
         return
     workers = min(workers, len(shards))
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
+    # A task lies on one node: more CPUs than the largest has would wait for ever.
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    cpus = max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
     task: Any = ray.remote(_with_threads).options(
         num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=3, num_returns="streaming"
     )

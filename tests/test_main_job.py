@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,10 @@ def cluster() -> Iterator[str]:
     """A local Ray cluster with the job API; its address."""
     import ray
 
-    context = ray.init(include_dashboard=True, dashboard_port=8290, num_cpus=2, log_to_driver=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = ray.init(include_dashboard=True, dashboard_port=port, num_cpus=2, log_to_driver=False)
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
 

@@ -53,8 +53,9 @@ def _score_answers_alone() -> None:
     """
     from trl.trainer import utils
 
-    on_gpu = utils._use_triton
-    utils._use_triton = lambda device: device.type == "cpu" or on_gpu(device)
+    on_gpu = getattr(utils, "_use_triton", None)
+    if on_gpu is not None:  # Another TRL is as right, and slower.
+        utils._use_triton = lambda device: device.type == "cpu" or on_gpu(device)
 
 
 def _tokens(pairs: Iterable[Pair], chat: Chat, reference: Mapping[Sample, float]) -> Iterable[dict[str, Any]]:
