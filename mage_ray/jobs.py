@@ -83,6 +83,7 @@ def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
 def demo(study: Study, folder: StudyFolder, console: Console) -> None:
     """The main job: train, evaluate, and show one prompt answered at three preferences."""
     start = time.monotonic()
+    console.print(f"study folder: {folder.path}", highlight=False, soft_wrap=True)
     train(study, folder, console)
     evaluate(study, folder, console)
     show_axis(study, folder, console)

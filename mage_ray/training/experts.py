@@ -119,6 +119,9 @@ def _train_round(
             failures.append(error)
             _log.error("%s", error)
 
+    if console is not None and experts:
+        names = ", ".join(run.name for run in runs.values())
+        console.print(f"training {names}, {at_once} at a time: workers are starting", highlight=False)
     watched = {run.name: (run.folder / METRICS, study.training.steps) for run in runs.values()}
     with shown(console, watched), ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(at_once) as threads:
         # In one thread, beside the training: transformers can't be imported from two at once.
