@@ -100,15 +100,19 @@ def test_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(
     ray_here: Path, tiny_model_folder: Path, tmp_path: Path, alone_for_long: dict[str, np.ndarray], stage: int
 ) -> None:
     run = dpo_run(tiny_model_folder, tmp_path, WEIGHTS, workers=2, zero_stage=stage, **LONG)
-    killed = Thread(target=kill_a_worker, args=(run.folder,))
-    killed.start()
+    killed: list[int] = []
+    killer = Thread(target=kill_a_worker, args=(run.folder, killed))
+    killer.start()
     folder = fit(run)
-    killed.join()
+    killer.join()
+    assert len(killed) == 1
     assert_same(weights_of(folder), alone_for_long)
     steps = steps_made(run.folder / METRICS)
     assert sorted(set(steps)) == list(range(1, LONG["steps"] + 1))
     back = [now for before, now in pairwise(steps) if now <= before]
-    assert len(back) == 1 and back[0] % LONG["checkpoint_every"] == 1 and back[0] > 1
+    # From a checkpoint, not from the start; none is repeated where the kill came right after one.
+    assert len(back) <= 1
+    assert all(step > 1 and step % LONG["checkpoint_every"] == 1 for step in back)
 
 
 def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_alone(
@@ -203,8 +207,10 @@ def checkpointed(run: Path) -> bool:
         return False
 
 
-def kill_a_worker(run: Path) -> None:
-    """Kill -9 one of this process's own Ray Train workers once there is a checkpoint to go on from."""
+def kill_a_worker(run: Path, killed: list[int]) -> None:
+    """Kill -9 one of this process's own Ray Train workers once there is a checkpoint to go on from; note its id."""
     wait_for(lambda: checkpointed(run))
     children = psutil.Process().children(recursive=True)
-    [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())][-1].kill()
+    worker = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())][-1]
+    worker.kill()
+    killed.append(worker.pid)
