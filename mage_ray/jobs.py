@@ -59,15 +59,19 @@ def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
     from mage_ray.evaluation.evaluate import evaluate_study
     from mage_ray.evaluation.report import print_table, write_report
     from mage_ray.evaluation.summary import summarise
+    from mage_ray.merging.coefficients import merging_coefficients, noise_amplification
     from mage_ray.progress import shown
 
     start = time.monotonic()
     with connected(), shown(console, "evaluation") as progress:
         samples = evaluate_study(study, folder, progress)
     summary = summarise(samples, study.objective_names, study.reference_point(), study.evaluation.resamples, study.seed)
+    mix = study.training.backbones[study.guidance.base].mix(len(study.objectives))
+    amplified = max(noise_amplification(merging_coefficients(mix, mu)) for mu in study.evaluation_grid())
     facts = {
         "study": study.name,
         "model": study.model,
+        "noise amplification": f"||lam||_1 of the base's soup is {amplified:.2f} at most on this grid",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

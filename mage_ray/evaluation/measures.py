@@ -10,8 +10,6 @@ its controllability, sparsity and spacing are ``nan``, because 0 would read as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -34,12 +32,6 @@ def pareto_mask(points_MN: ArrayLike) -> NDArray[np.bool_]:
     beats = covers & (other > one).any(-1)
     earlier_twin = covers & ~beats & np.triu(np.ones((m, m), dtype=bool), k=1)
     return np.logical_not((beats | earlier_twin).any(-2))
-
-
-def pareto_front(points_MN: ArrayLike) -> Floats:
-    """The rows of ``points_MN`` (no batch axes) that :func:`pareto_mask` keeps, in their order: ``[front, N]``."""
-    points = _points(points_MN)
-    return points[pareto_mask(points)]
 
 
 def front_length(points_MN: ArrayLike) -> Floats:
@@ -127,16 +119,6 @@ def repetition(text: str, n: int = 4) -> float:
     """
     grams = _ngrams(text, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """``|distinct word n-grams| / |word n-grams|`` over all ``texts`` together, in (0, 1]; ``nan`` where there is no
-    n-gram.
-
-    It falls with the number of texts: compare sets of one size. Source: Li et al. 2016 (distinct-n).
-    """
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
