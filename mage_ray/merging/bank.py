@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mage_ray.errors import FieldError
 from mage_ray.merging.adapter import Adapter
-from mage_ray.merging.mixed_linear import Layout, MixedLinear, RowMix
+from mage_ray.merging.mixed_linear import Layout, MixedLinear, RowMix, SharedInput, weight_oi
+from mage_ray.merging.packed import can_pack
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -23,6 +26,46 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             shapes[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
     return shapes
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes W x + b; quantised ones, for example, inherit from Linear and do another thing."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
+    """The model's linears in groups of one input, in the order of their calls, as seen in a forward of one token.
+
+    Only linears that it calls exactly once are in it, so none when the model can't run such a forward. Those of a
+    group got the same tensor object, with no change in place between them.
+    """
+    names = {module: name for name, module in model.named_modules() if is_plain(module)}
+    calls: list[tuple[nn.Module, torch.Tensor, int]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # The tensors are kept until the end: an id of one that is gone may come again.
+        if args:
+            calls.append((module, args[0], args[0]._version))
+
+    hooks = [module.register_forward_pre_hook(record) for module in names]
+    try:
+        device = next(model.parameters()).device
+        # Inference tensors don't count their changes.
+        with torch.inference_mode(False), torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
+    except Exception:  # a forward of a kind we don't know: then each linear stands alone
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(module for module, _, _ in calls)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for module, x, version in calls:
+        if times[module] == 1:
+            weight = weight_oi(module)
+            key = (id(x), version, weight.dtype, weight.device, weight.shape[1])
+            groups.setdefault(key, []).append(names[module])
+    return [tuple(group) for group in groups.values()]
 
 
 class AdapterBank:
@@ -42,26 +85,33 @@ class AdapterBank:
         return len(self.experts)
 
     def install(self, model: PreTrainedModel) -> RowMix:
-        """Put a MixedLinear in place of every linear that an expert touches; from then on the model is the bank's.
+        """Build the experts into the model and lay out its linears for decoding; from then on the model is the bank's.
+
+        Linears of one input become one product (SharedInput), on the CPU in MKL's layout (packed.py), whether experts
+        touch them or not: a bank of no experts is the way to decode fast with the bare model. Their own weights are
+        freed, but for those that another module uses, too. The model must be on its device already, and it can't be
+        trained any more.
 
         Raises FieldError when an expert doesn't fit the model.
         """
         linears = linear_shapes(model)
         for expert in self.experts:
             expert.check_fits(linears)
-        mix = RowMix()
+        touched = {name for expert in self.experts for name in expert.factors}
+        for name in touched:
+            if not is_plain(model.get_submodule(name)):
+                kind = type(model.get_submodule(name)).__name__
+                raise FieldError("experts", f"module {name}, a {kind}", "linears whose result is W x + b")
+        model.requires_grad_(False)
+        seen = shared_inputs(model)
+        alone = touched.difference(*seen)
+        mix = RowMix(model)
         layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout] = {}
-        for name in linears:
-            owners = [(k, expert.factors[name]) for k, expert in enumerate(self.experts) if name in expert.factors]
-            if not owners:
-                continue
-            base = model.get_submodule(name)
-            assert isinstance(base.weight, torch.Tensor)
-            experts = tuple(k for k, f in owners for _ in range(f.down.shape[0]))
-            scales = tuple(f.scale for _, f in owners for _ in range(f.down.shape[0]))
-            if (experts, scales) not in layouts:
-                layouts[experts, scales] = Layout(list(experts), list(scales), like=base.weight)
-            down = torch.cat([f.down for _, f in owners], dim=0).to(base.weight)
-            up = torch.cat([f.up for _, f in owners], dim=1).to(base.weight)
-            model.set_submodule(name, MixedLinear(base, down, up, layouts[experts, scales], mix))
+        for names in [*seen, *((name,) for name in linears if name in alone)]:
+            bases = [model.get_submodule(name) for name in names]
+            factors = [{k: e.factors[n] for k, e in enumerate(self.experts) if n in e.factors} for n in names]
+            if len(names) > 1 or factors[0] or can_pack(weight_oi(bases[0])):
+                group = SharedInput(bases, factors, layouts, mix)
+                for member, (name, base) in enumerate(zip(names, bases, strict=True)):
+                    model.set_submodule(name, MixedLinear(base, group, member))
         return mix

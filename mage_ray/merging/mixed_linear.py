@@ -1,89 +1,210 @@
 """The per-row mix of stacked experts: one batch, any number of preferences, no weight copies (METHOD.md section 4).
 
-Legend: B batch rows, T tokens, R stacked ranks of all experts of a module, K experts.
+Linears of one input are one product, and their experts' ``down`` matrices are more rows of the same weight: beyond the
+bare model, a group of linears costs one scaling and one small product for each member.
+
+Legend: B batch rows, T tokens, M = B * T, i/o in and out features, R stacked ranks of a linear or a group, K experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from mage_ray.merging.adapter import Factors
+from mage_ray.merging.packed import projection
 
 
 class RowMix:
     """What the batch that runs now mixes: a model's MixedLinears share one of these.
 
-    It belongs to one model and holds coefficients only inside ``rows``; there is no adapter state between forwards.
+    It belongs to one model and holds coefficients only inside ``rows``. What linears pass on to each other lives
+    from the begin to the end of one forward of that model, so that no forward sees anything of another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.active = False
+        self.running = False
+        self.pending: dict[SharedInput, Parts] = {}
         self._coefficients_BK: torch.Tensor | None = None
-        self._by_layout: dict[int, torch.Tensor] = {}
+        self._diagonals: dict[tuple[Layout, torch.Size], torch.Tensor] = {}
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end, always_call=True)
 
     @contextmanager
     def rows(self, coefficients_BK: torch.Tensor) -> Iterator[None]:
-        """Within it, row b of every batch runs with experts mixed by ``coefficients_BK[b]``."""
-        if self._coefficients_BK is not None:
+        """Within it, row b of every batch runs with experts mixed by ``coefficients_BK[b]``; outside, as the base."""
+        if self.active:
             raise RuntimeError("a model runs one batch at a time")
-        self._coefficients_BK = coefficients_BK
+        self.active, self._coefficients_BK = True, coefficients_BK
         try:
             yield
         finally:
-            self._coefficients_BK = None
-            self._by_layout.clear()
+            self.active, self._coefficients_BK = False, None
 
-    @property
-    def active(self) -> bool:
-        return self._coefficients_BK is not None
+    def diagonal(self, layout: Layout, shape_BTi: torch.Size) -> torch.Tensor:
+        """The diagonals in rank space for an input of this shape, [M, R]: coefficient times scale of each rank.
 
-    def diagonal(self, layout: Layout) -> torch.Tensor:
-        """The batch's diagonals in rank space, [B, R]: coefficient times scale of the expert that owns each rank."""
-        diagonal_BR = self._by_layout.get(id(layout))
-        if diagonal_BR is None:
+        Raises ValueError when the input isn't [B, T, in].
+        """
+        diagonal_MR = self._diagonals.get((layout, shape_BTi))
+        if diagonal_MR is None:
             assert self._coefficients_BK is not None
-            diagonal_BR = self._coefficients_BK[:, layout.expert_R] * layout.scale_R
-            self._by_layout[id(layout)] = diagonal_BR
-        return diagonal_BR
+            rows = self._coefficients_BK.shape[0]
+            if len(shape_BTi) != 3 or shape_BTi[0] != rows:
+                raise ValueError(f"rows to mix: got input {tuple(shape_BTi)}, allowed: [{rows}, T, in]")
+            diagonal_BR = (self._coefficients_BK.index_select(1, layout.expert_R) * layout.scale_R).to(layout.dtype)
+            diagonal_MR = diagonal_BR[:, None].expand(-1, shape_BTi[1], -1).flatten(0, 1)
+            # Only for this forward: a CUDA graph must compute it anew from the coefficients in each replay.
+            if self.running:
+                self._diagonals[layout, shape_BTi] = diagonal_MR
+        return diagonal_MR
+
+    def _begin(self, *_: Any) -> None:
+        self._forget()
+        self.running = True
+
+    def _end(self, *_: Any) -> None:
+        self.running = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.pending.clear()
+        self._diagonals.clear()
 
 
-class Layout(nn.Module):
-    """Which expert owns each stacked rank of a module, and its scale. Modules with equal layouts share one."""
+class Layout:
+    """Which expert owns each stacked rank of a group, and its scale. Groups with equal layouts share one."""
 
-    expert_R: torch.Tensor
-    scale_R: torch.Tensor
+    def __init__(self, experts: Sequence[int], scales: Sequence[float], like: torch.Tensor) -> None:
+        self.expert_R = torch.tensor(experts, device=like.device, dtype=torch.long)
+        self.scale_R = torch.tensor(scales, device=like.device, dtype=torch.float32)
+        self.dtype = like.dtype
 
-    def __init__(self, experts: list[int], scales: list[float], like: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("expert_R", torch.tensor(experts, device=like.device), persistent=False)
-        self.register_buffer("scale_R", torch.tensor(scales, device=like.device, dtype=like.dtype), persistent=False)
+
+@dataclass
+class Parts:
+    """One result of a group: what each member has yet to take, and the input that it is the result of."""
+
+    of: torch.Tensor
+    parts: list[torch.Tensor | None]
+    left: int
+
+
+class SharedInput:
+    """Linears that get the same input, as one product ``[W_1; ..; W_n; A_1; ..; A_n] x``.
+
+    A_j [R_j, i] stacks the ``down`` of all experts of member j. Then ``B_j diag(coefficient * scale) A_j x`` is added
+    to the part of member j, so that each equals the full merge ``W + sum_k lam_k s_k B_k A_k`` exactly, whatever the
+    ranks (METHOD.md section 4). Derived; the stacking is plain linear algebra.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Module],
+        factors: Sequence[Mapping[int, Factors]],
+        layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout],
+        mix: RowMix,
+    ) -> None:
+        """``factors`` of each linear by expert; ``layouts`` are those of other groups by content, and grow."""
+        weights = [weight_oi(module) for module in linears]
+        like = weights[0]
+        owned = [(k, f) for by_expert in factors for k, f in by_expert.items()]
+        downs = [f.down.to(like) for _, f in owned]
+        rank = sum(len(down) for down in downs)
+        biases = [module.bias for module in linears]
+        bias = None
+        if any(b is not None for b in biases):
+            shares = [
+                b if isinstance(b, torch.Tensor) else like.new_zeros(len(w))
+                for w, b in zip(weights, biases, strict=True)
+            ]
+            bias = torch.cat([*shares, like.new_zeros(rank)]).detach()
+        stacked = torch.cat([*weights, *downs]).detach() if len(weights) + len(downs) > 1 else like
+        self._project = projection(stacked, bias)
+        self._mix = mix
+        self._width = len(stacked)
+        self._outs = [len(w) for w in weights]
+        self._sizes = [*self._outs, rank] if rank else self._outs
+        self._plain = len(self._sizes) == 1
+        self._alone = len(linears) == 1
+        # Members without experts have no product in rank space.
+        self._mixed = [j for j, by_expert in enumerate(factors) if by_expert]
+        self._ranks = [sum(len(f.down) for f in factors[j].values()) for j in self._mixed]
+        self._ups = [
+            torch.cat([f.up for f in factors[j].values()], dim=1).to(like).t().contiguous() for j in self._mixed
+        ]
+        if rank:
+            experts = tuple(k for k, f in owned for _ in range(len(f.down)))
+            scales = tuple(f.scale for _, f in owned for _ in range(len(f.down)))
+            if (experts, scales) not in layouts:
+                layouts[experts, scales] = Layout(experts, scales, like)
+            self._layout = layouts[experts, scales]
+
+    def part(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """The result of one member. The first that is called with a tensor computes those of the others, too.
+
+        They are given to the others only within the same forward of the model and for the same tensor object.
+        """
+        if self._alone:
+            return self._results(x)[0]
+        pending = self._mix.pending
+        held = pending.get(self)
+        if held is not None and held.of is x:
+            part = held.parts[member]
+            if part is not None:
+                if held.left == 1:
+                    del pending[self]
+                else:
+                    held.parts[member] = None
+                    held.left -= 1
+                return part
+        results = self._results(x)
+        if self._mix.running:
+            parts: list[torch.Tensor | None] = [*results]
+            parts[member] = None
+            pending[self] = Parts(x, parts, len(parts) - 1)
+        return results[member]
+
+    def _results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The results of all members, [..., out] each; views of one tensor, which is theirs alone."""
+        if self._plain:
+            return (self._project(x),)
+        if not self._ups or not self._mix.active:
+            return self._project(x).split_with_sizes(self._sizes, -1)
+        shape = x.shape
+        diagonal_MR = self._mix.diagonal(self._layout, shape)
+        parts_Mo = self._project(x).view(-1, self._width).split_with_sizes(self._sizes, 1)
+        z_MR = parts_Mo[-1] * diagonal_MR
+        if len(self._ups) == 1:
+            parts_Mo[self._mixed[0]].addmm_(z_MR, self._ups[0])
+        else:
+            for j, z_Mr, up_ro in zip(self._mixed, z_MR.split_with_sizes(self._ranks, 1), self._ups, strict=True):
+                parts_Mo[j].addmm_(z_Mr, up_ro)
+        rows, tokens, _ = shape
+        return [part_Mo.view(rows, tokens, out) for part_Mo, out in zip(parts_Mo, self._outs, strict=False)]
 
 
 class MixedLinear(nn.Module):
-    """A linear plus ``up @ diag(lam * scale) @ down``, with another lam for every row of the batch.
+    """Stands in a model for one linear of a SharedInput."""
 
-    down [R, in] and up [out, R] stack all experts of this module, so the mix equals the full merge
-    ``W + sum_i lam_i s_i B_i A_i`` exactly, whatever the ranks (METHOD.md section 4).
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-
-    def __init__(self, base: nn.Module, down: torch.Tensor, up: torch.Tensor, layout: Layout, mix: RowMix) -> None:
+    def __init__(self, base: nn.Module, group: SharedInput, member: int) -> None:
         super().__init__()
-        self.base = base
-        self.layout = layout
-        self._mix = mix
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
+        self.out_features, self.in_features = weight_oi(base).shape
+        self._group = group
+        self._member = member
 
-    def forward(self, x_BTi: torch.Tensor) -> torch.Tensor:
-        y_BTo = self.base(x_BTi)
-        if not self._mix.active:
-            return y_BTo
-        diagonal_BR = self._mix.diagonal(self.layout)
-        if x_BTi.ndim != 3 or x_BTi.shape[0] != diagonal_BR.shape[0]:
-            raise ValueError(f"rows to mix: got input {tuple(x_BTi.shape)}, allowed: [{diagonal_BR.shape[0]}, T, in]")
-        return y_BTo + linear(linear(x_BTi, self.down) * diagonal_BR[:, None, :], self.up)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._group.part(self._member, input)
+
+
+def weight_oi(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear or of a Conv1D, which holds it transposed."""
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
