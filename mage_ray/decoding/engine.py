@@ -1,140 +1,190 @@
-"""The loop: feed every row its token, combine the rows of each request, draw, and go on."""
+"""The loop: admit, prefill a chunk, feed every row its token, combine the rows of each request, draw, and go on."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from mage_ray.decoding.request import FinishReason, Generation, Request, Token
+from mage_ray.decoding.change import change_plan
+from mage_ray.decoding.plan import Plan
+from mage_ray.decoding.request import Generation, Request, Token
 from mage_ray.decoding.runner import RowRunner
-from mage_ray.decoding.sampling import Combination, guided_logprobs, sample
 from mage_ray.decoding.scheduler import Running, Scheduler
-from mage_ray.errors import FieldError
+from mage_ray.decoding.step import Step
+from mage_ray.decoding.stream import Driver, Stream
+from mage_ray.decoding.text import Decode, TextStream
+from mage_ray.errors import FieldError, UserError
+
+
+class Busy(UserError):
+    """The queue is full; the same request may be accepted later."""
 
 
 class Engine:
-    """Decodes any mix of plans in one batch over one runner. ``stop`` holds the token ids that end a request.
+    """Decodes any mix of plans in one continuous batch over one runner: requests join and leave at every step.
 
-    Not for use from several threads: one call runs at a time.
+    ``stop`` holds the token ids that end a request; ``decode`` turns tokens into text, which stop strings need.
+    ``chunk`` bounds the prompt tokens that are computed between two steps of running requests (default: 128 on a CPU,
+    1024 on a GPU), ``waiting`` the number of requests that may wait for slots.
+
+    A request's tokens depend on itself alone, up to the rounding of a batched forward, and what goes wrong with it ends
+    it alone. All methods may be called from any thread.
     """
 
-    def __init__(self, runner: RowRunner, stop: Sequence[int]) -> None:
+    def __init__(
+        self,
+        runner: RowRunner,
+        stop: Sequence[int],
+        decode: Decode | None = None,
+        *,
+        chunk: int | None = None,
+        waiting: int | None = None,
+    ) -> None:
         self.runner = runner
-        self._stop = frozenset(stop)
+        self._decode = decode
+        self._limit = waiting
+        self._scheduler = Scheduler(runner, chunk or (1024 if runner.model.device.type == "cuda" else 128))
+        self._step = Step(runner, frozenset(stop))
+        # Whoever holds the lock may touch what runs; others leave word, which the next step reads first.
+        self._lock = threading.Lock()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._driver = Driver(self.step)
+
+    def submit(self, request: Request) -> Stream:
+        """Start a request from within an event loop; ``async for token in stream`` gives its tokens as they come.
+
+        Raises FieldError for a request that can't run here, Busy when the queue is full.
+        """
+        if self._limit is not None and len(self._scheduler.waiting) >= self._limit:
+            raise Busy(f"queue: got {len(self._scheduler.waiting)} waiting requests, allowed: at most {self._limit}")
+        stream = Stream(self.cancel, self.change)
+        stream.running = self._add(request, stream.emit)
+        self._driver.wake()
+        return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """All requests, in order. Raises as ``events``."""
+        """All requests, in order. One that can't run, or not on, ends with its error; the others are not touched."""
         tokens: list[list[Token]] = [[] for _ in requests]
         for index, token in self.events(requests):
             tokens[index].append(token)
         return [Generation.of(drawn) for drawn in tokens]
 
     def stream(self, request: Request) -> Iterator[Token]:
-        """The tokens of one request, as they are drawn. Raises as ``events``."""
+        """The tokens of one request, as they are drawn; closing the iterator cancels it. Raises its error."""
         for _, token in self.events([request]):
+            if token.error is not None:
+                raise token.error
             yield token
 
     def events(self, requests: Sequence[Request]) -> Iterator[tuple[int, Token]]:
         """Every token of every request as (index of the request, token), as they are drawn.
 
-        A request's tokens depend on itself alone, up to the rounding of a batched forward. Closing the iterator ends
-        all requests and frees their rows. Raises FieldError, before anything runs, for a request that can't fit.
+        Closing the iterator cancels what still runs.
         """
+        tokens: deque[tuple[int, Token]] = deque()
+        running: list[Running] = []
+        left = len(requests)
         for index, request in enumerate(requests):
-            self._check(request, f"requests.{index}" if len(requests) > 1 else "request")
-        scheduler = Scheduler(self.runner, requests)
-        groups: list[_Group] = []
-        changed = False
+            try:
+                running.append(self._add(request, lambda token, index=index: tokens.append((index, token))))  # type: ignore[misc]
+            except UserError as error:
+                tokens.append((index, Token.end("error", error=error)))
         try:
-            while True:
-                changed |= scheduler.admit()
-                if not scheduler.running:
-                    return
-                if changed:
-                    groups = _grouped(scheduler.running, self.runner.model.device)
-                    changed = False
-                logits_RV = self.runner.step(scheduler.tokens())
-                ended = []
-                for group in groups:
-                    for running, token in zip(group.running, self._draw(group, logits_RV), strict=True):
-                        running.next = token.id
-                        if token.finished:
-                            ended.append(running)
-                        yield running.index, token
-                if ended:
-                    scheduler.finish(ended)
-                    changed = True
+            while left:
+                while tokens:
+                    index, token = tokens.popleft()
+                    left -= token.finished is not None
+                    yield index, token
+                if left:
+                    self.step()
         finally:
-            scheduler.finish(scheduler.running)
+            for unfinished in running:
+                if not unfinished.ended:
+                    self.cancel(unfinished)
 
-    def _check(self, request: Request, field: str) -> None:
+    def cancel(self, running: Running) -> None:
+        """End a request. Its slots are free at once, or, while a step runs, when that ends."""
+        self._leave_word(lambda: None if running.ended else self._emit(running, Token.end("cancelled")))
+
+    def change(self, running: Running, plan: Plan, recompute: bool = True) -> None:
+        """Go on with another plan from the next step on.
+
+        With ``recompute``, as if the text so far had been the prompt of a new request (exact). Without, the new rows
+        go on from the keys and values that the old ones made (at once, and approximate); where they need more slots
+        than are free, they are recomputed all the same. Raises FieldError when the plan can't run here.
+        """
+        self._check_plan(plan, "plan")
+        self._leave_word(lambda: change_plan(running, plan, recompute, self._scheduler, self.runner))
+
+    def step(self) -> bool:
+        """One round of the loop; whether there is more to do. What fails here ends every request that runs."""
+        with self._lock:
+            self._read_inbox()
+            scheduler = self._scheduler
+            try:
+                scheduler.admit()
+                scheduler.prefill()
+                for running, token in self._step.run([r for r in scheduler.running if r.ready]):
+                    self._emit(running, token)
+            except Exception as error:
+                reason = UserError(f"the engine failed: {type(error).__name__}")
+                for running in list(scheduler.running):
+                    self._emit(running, Token.end("error", error=reason))
+                raise
+            return bool(scheduler.running or scheduler.waiting or self._inbox)
+
+    def check(self, request: Request) -> None:
+        """Raises FieldError for a request that can never run here."""
+        runner, sampling = self.runner, request.sampling
         if not request.prompt:
-            raise FieldError(f"{field}.prompt", "no tokens", "1 or more")
-        length = len(request.prompt) + request.sampling.max_new_tokens
-        if length > self.runner.length:
-            what = f"{len(request.prompt)} tokens and {request.sampling.max_new_tokens} new ones"
-            raise FieldError(f"{field}.prompt", what, f"at most {self.runner.length} together")
-        if len(request.plan.rows) > self.runner.rows:
-            raise FieldError(f"{field}.plan", f"{len(request.plan.rows)} rows", f"at most {self.runner.rows}")
+            raise FieldError("prompt", "no tokens", "1 or more")
+        vocabulary = runner.model.config.get_text_config().vocab_size
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+            raise FieldError("prompt", "unknown tokens", f"token ids 0 to {vocabulary - 1}")
+        if len(request.prompt) + sampling.max_new_tokens > runner.length:
+            what = f"{len(request.prompt)} tokens and {sampling.max_new_tokens} new ones"
+            raise FieldError("prompt", what, f"at most {runner.length} together")
+        if sampling.stop and self._decode is None:
+            raise FieldError("stop", list(sampling.stop), "none: this engine has no tokenizer")
+        self._check_plan(request.plan, "plan")
 
-    def _draw(self, group: _Group, logits_RV: torch.Tensor) -> list[Token]:
-        logprobs_QC, ids_QC = guided_logprobs(logits_RV[group.rows_R], group.how)
-        uniform_Q = torch.stack([torch.rand((), generator=r.dice, dtype=torch.float64) for r in group.running])
-        drawn_Q1 = sample(logprobs_QC, group.temperature_Q, group.top_p_Q, uniform_Q.to(logits_RV.device))[:, None]
-        ids = (drawn_Q1 if ids_QC is None else ids_QC.gather(1, drawn_Q1))[:, 0].tolist()
-        tokens = []
-        logprobs = logprobs_QC.gather(1, drawn_Q1)[:, 0].tolist()
-        for running, token, logprob in zip(group.running, ids, logprobs, strict=True):
-            running.generated += 1
-            tokens.append(Token(token, logprob, self._finished(running, token, logprob)))
-        return tokens
+    def _check_plan(self, plan: Plan, field: str) -> None:
+        for row in plan.rows:
+            self.runner.check(row)
+        if len(plan.rows) > self.runner.rows:
+            budget = f"at most {self.runner.rows} ({self.runner.memory.total / 2**20:.0f} MiB of keys and values)"
+            raise FieldError(field, f"{len(plan.rows)} rows", budget)
 
-    def _finished(self, running: Running, token: int, logprob: float) -> FinishReason | None:
-        if math.isnan(logprob):
-            return "vetoed"
-        if token in self._stop:
-            return "stop"
-        return "length" if running.generated == running.request.sampling.max_new_tokens else None
+    def _add(self, request: Request, emit: Callable[[Token], None]) -> Running:
+        self.check(request)
+        running = Running(
+            request=request,
+            emit=emit,
+            plan=request.plan,
+            history=list(request.prompt),
+            dice=torch.Generator().manual_seed(request.sampling.seed),
+            text=TextStream(self._decode, request.sampling.stop) if self._decode is not None else None,
+        )
+        self._scheduler.waiting.append(running)
+        return running
 
+    def _emit(self, running: Running, token: Token) -> None:
+        if token.finished is not None:
+            # What an error left in a slot may not be finite, and would reach the next one there.
+            self._scheduler.remove(running, wipe=token.finished == "error")
+        running.emit(token)
 
-@dataclass(frozen=True)
-class _Group:
-    """Running requests whose candidates are chosen alike, so that they combine and draw in one go."""
+    def _leave_word(self, word: Callable[[], None]) -> None:
+        self._inbox.append(word)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._read_inbox()
+            finally:
+                self._lock.release()
 
-    running: list[Running]
-    rows_R: torch.Tensor
-    how: Combination
-    temperature_Q: torch.Tensor
-    top_p_Q: torch.Tensor
-
-
-def _grouped(running: Sequence[Running], device: torch.device) -> list[_Group]:
-    whole = [r for r in running if r.request.plan.candidates is None]
-    some = [r for r in running if r.request.plan.candidates is not None]
-    return [_group(members, device) for members in (whole, some) if members]
-
-
-def _group(running: list[Running], device: torch.device) -> _Group:
-    plans = [r.request.plan for r in running]
-    sampling = [r.request.sampling for r in running]
-    starts = [0, *itertools.accumulate(len(plan.rows) for plan in plans)]
-    how = Combination(
-        request_R=torch.tensor([q for q, plan in enumerate(plans) for _ in plan.rows], device=device),
-        weight_R=torch.tensor([w for plan in plans for w in plan.weights], device=device),
-        base_Q=torch.tensor(starts[:-1], device=device),
-        candidates_Q=None
-        if plans[0].candidates is None
-        else torch.tensor([plan.candidates for plan in plans], device=device),
-        plain=all(plan.weights == (1.0,) for plan in plans),
-    )
-    return _Group(
-        running=running,
-        rows_R=torch.tensor([row for r in running for row in r.rows], device=device),
-        how=how,
-        temperature_Q=torch.tensor([s.temperature for s in sampling], device=device),
-        top_p_Q=torch.tensor([s.top_p for s in sampling], device=device),
-    )
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()

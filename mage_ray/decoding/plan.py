@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,17 +27,55 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cadence:
+    """At which tokens the guide runs; the base alone draws the others. The defaults guide every token.
+
+    ``every`` b guides the first of every b tokens. ``entropy`` guides where the base's next-token entropy, in nats over
+    the whole vocabulary, is at least that; skipped tokens are caught up in one forward. Both may be combined: a token
+    is guided when both say so. ``speculate`` m lets the base propose m tokens that the guide checks in one forward, by
+    the rule of speculative sampling (arXiv:2211.17192), so that the distribution is exactly the guided one; it goes
+    with neither of the others. Raises FieldError for a value that isn't allowed.
+    """
+
+    every: int = 1
+    entropy: float = 0.0
+    speculate: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise FieldError("every", self.every, "1 or more")
+        if not (math.isfinite(self.entropy) and self.entropy >= 0):
+            raise FieldError("entropy", self.entropy, "a finite number of nats, 0 or more")
+        if self.speculate < 0:
+            raise FieldError("speculate", self.speculate, "0 or more")
+        if self.speculate and (self.every > 1 or self.entropy > 0):
+            raise FieldError("speculate", self.speculate, "0 where every or entropy is set")
+
+    @property
+    def always(self) -> bool:
+        """Whether all rows run at every token."""
+        return self == Cadence()
+
+
+@dataclass(frozen=True)
 class Plan:
     """``log pi(a|s) = sum_r weights[r] * log pi_rows[r](a|s) - log Z(s)``.
 
     With ``candidates`` set, ``a`` ranges over that many most likely tokens of ``rows[0]``, the base; else over the
     whole vocabulary. The temperature divides the sum, so where the weights add up to S the temperature of a single row
     would be ``temperature / S``; the weights of every method here add up to 1.
+
+    ``values``, one for each row, make up the guide's own score ``G(s, a) = sum_r values[r] * log pi_rows[r](a|s)``;
+    empty where the plan has no guide. ``cadence`` says when the guide runs, ``valued`` whether its scores of the drawn
+    tokens are wanted.
     """
 
     rows: tuple[Row, ...]
     weights: tuple[float, ...]
     candidates: int | None = None
+    values: tuple[float, ...] = ()
+    cadence: Cadence = Cadence()
+    valued: bool = False
 
     @classmethod
     def of(cls, terms: Iterable[tuple[Vector, float]], candidates: int | None = None) -> Plan:
@@ -45,18 +83,61 @@ class Plan:
 
         The first term's row stays first, whatever its weight, when it chooses the candidates.
         """
-        weights: dict[Row, float] = {}
-        for coefficients, weight in terms:
-            # + 0.0 turns -0.0 into 0.0, so that both are one row in prints and exports.
-            row = Row(tuple(float(c) + 0.0 for c in coefficients))
-            weights[row] = weights.get(row, 0.0) + float(weight)
+        weights = _by_row(terms)
         base = next(iter(weights))
-        kept = {row: w for row, w in weights.items() if w != 0 or (row == base and candidates is not None)}
-        if not any(kept.values()):
+        kept = [row for row, w in weights.items() if w != 0 or (row == base and candidates is not None)]
+        return cls._checked(kept, weights, candidates)
+
+    @classmethod
+    def guided(
+        cls,
+        base: Vector,
+        guide: Iterable[tuple[Vector, float]],
+        strength: float,
+        candidates: int | None = None,
+        valued: bool = False,
+    ) -> Plan:
+        """The base plus ``strength`` times the guide's terms (METHOD.md section 2): ``log pi_base + w * G``.
+
+        At strength 0 no guide row runs, unless ``valued`` asks for the guide's scores all the same.
+        """
+        values = _by_row(guide)
+        terms = [(base, 1.0), *((row.coefficients, strength * value) for row, value in values.items())]
+        weights = _by_row(terms)
+        first = next(iter(weights))
+        kept = [row for row, w in weights.items() if w != 0 or row == first or (valued and values[row] != 0)]
+        plan = cls._checked(kept, weights, candidates)
+        with_values = tuple(values.get(row, 0.0) for row in kept)
+        return replace(plan, values=with_values if any(with_values) else (), valued=valued)
+
+    @classmethod
+    def _checked(cls, rows: list[Row], weights: Mapping[Row, float], candidates: int | None) -> Plan:
+        if not any(weights[row] for row in rows):
             raise FieldError("plan.weights", list(weights.values()), "at least one that is not 0")
-        if not all(math.isfinite(number) for row, w in kept.items() for number in (w, *row.coefficients)):
-            raise FieldError("plan", list(kept.values()), "finite weights and coefficients")
-        return cls(tuple(kept), tuple(kept.values()), candidates)
+        if not all(math.isfinite(number) for row in rows for number in (weights[row], *row.coefficients)):
+            raise FieldError("plan", [weights[row] for row in rows], "finite weights and coefficients")
+        return cls(tuple(rows), tuple(weights[row] for row in rows), candidates)
+
+    def at(self, cadence: Cadence) -> Plan:
+        """The same plan, guided at the tokens that ``cadence`` says. Raises FieldError when there is no guide."""
+        if not cadence.always and not self.values and len(self.rows) > 1:
+            raise FieldError("cadence", cadence, "one that guides every token: this plan has no guide to leave out")
+        return replace(self, cadence=cadence)
+
+    @property
+    def eager(self) -> bool:
+        """Whether all rows run at every token."""
+        return self.cadence.always or len(self.rows) == 1
+
+
+def _by_row(terms: Iterable[tuple[Vector, float]]) -> dict[Row, float]:
+    """The weights of the terms' rows, equal rows added up, in order of appearance."""
+    weights: dict[Row, float] = {}
+    for coefficients, weight in terms:
+        # + 0.0 turns -0.0 into 0.0, so that both are one row in prints and exports.
+        row = Row(tuple(float(c) + 0.0 for c in coefficients))
+        weights[row] = weights.get(row, 0.0) + float(weight)
+    return weights
 
 
 @dataclass(frozen=True)
@@ -86,6 +167,9 @@ class Setup:
     strength: float = 1.0
     candidates: int = 50
     extrapolation: tuple[float, ...] = ()
+    cadence: Cadence = Cadence()
+    valued: bool = False
+    """Whether guided plans report the guide's scores even at strength 0."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
@@ -102,6 +186,10 @@ class Setup:
     def merged(self, name: str, mu: Vector) -> np.ndarray:
         """The bank coefficients [K] of the merge of set ``name`` for a preference."""
         return self.over_bank(self.sets[name], merging_coefficients(self.sets[name].mix, mu))
+
+    def guided(self, base: Vector, guide: Iterable[tuple[Vector, float]]) -> Plan:
+        """The base steered by the guide's terms, with this setup's strength, candidates and cadence."""
+        return Plan.guided(base, guide, self.strength, self.candidates, self.valued).at(self.cadence)
 
     def single_experts(self) -> Backbones:
         """The set with one expert per objective. Raises FieldError when none was trained."""
@@ -152,8 +240,8 @@ def proxy_tuning(mu: Vector, setup: Setup) -> Plan:
 
 def mage_i_m(mu: Vector, setup: Setup) -> Plan:
     """Base soup steered by the *merged* implicit value model: weights 1, w, -w (MAGE, arXiv:2510.03782)."""
-    base, guide, w = setup.merged(setup.base, mu), setup.merged(setup.guide, mu), setup.strength
-    return Plan.of([(base, 1.0), (guide, w), (np.zeros(setup.size), -w)], setup.candidates)
+    guide = [(setup.merged(setup.guide, mu), 1.0), (np.zeros(setup.size), -1.0)]
+    return setup.guided(setup.merged(setup.base, mu), guide)
 
 
 def mage_i_e(mu: Vector, setup: Setup) -> Plan:
@@ -163,9 +251,8 @@ def mage_i_e(mu: Vector, setup: Setup) -> Plan:
 
 def _ensembled_guide(base: np.ndarray, mu: Vector, setup: Setup) -> Plan:
     guides = setup.one_by_one(setup.guide, mu)
-    w, total = setup.strength, sum(lam for _, lam in guides)
-    terms = [(base, 1.0), *((row, w * lam) for row, lam in guides), (np.zeros(setup.size), -w * total)]
-    return Plan.of(terms, setup.candidates)
+    total = sum(lam for _, lam in guides)
+    return setup.guided(base, [*guides, (np.zeros(setup.size), -total)])
 
 
 METHODS: dict[str, Callable[[Vector, Setup], Plan]] = {

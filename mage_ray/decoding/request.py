@@ -8,20 +8,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mage_ray.decoding.plan import Plan
-from mage_ray.errors import FieldError
+from mage_ray.errors import FieldError, UserError
 
-FinishReason = Literal["stop", "length", "vetoed"]
-"""``stop``: a stop token; ``length``: max_new_tokens; ``vetoed``: the rows left no candidate with any probability."""
+FinishReason = Literal["stop", "length", "vetoed", "cancelled", "error"]
+"""``stop``: a stop token or stop string; ``length``: max_new_tokens; ``vetoed``: the rows left no candidate with any
+probability; ``cancelled``: by its owner; ``error``: it could not run, or not on, and says why."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request draws its tokens. Temperature 0 is greedy. Raises FieldError for a value that isn't allowed."""
+    """How one request draws its tokens and ends. Temperature 0 is greedy; ``stop`` are strings that end the text.
+
+    Raises FieldError for a value that isn't allowed.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -32,6 +37,8 @@ class Sampling:
             raise FieldError("top_p", self.top_p, "above 0, at most 1")
         if not 0 <= self.seed < 2**63:
             raise FieldError("seed", self.seed, "0 to 2^63 - 1")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise FieldError("stop", self.stop, "a tuple of strings of 1 character or more")
 
 
 @dataclass(frozen=True)
@@ -47,28 +54,66 @@ class Request:
 class Token:
     """One generated token.
 
-    ``logprob`` is its guided log-probability at temperature 1, before top-p, over the plan's candidates.
-    ``finished`` is set on a request's last token.
+    ``logprob`` is its log-probability at temperature 1, before top-p, over the plan's candidates: the guided one, or
+    the base's where the plan's cadence left the guide out, as ``guided`` tells. ``value`` is the guide's score
+    ``G(s, a)`` of it (Plan), 0 where no guide ran. ``text`` is what it adds to the answer, which may lag behind while
+    a character or a possible stop string is incomplete. ``finished`` is set on a request's last token; when that is
+    "vetoed", "cancelled" or "error", it stands for no token, and only the reason counts.
     """
 
     id: int
     logprob: float
     finished: FinishReason | None = None
+    text: str = ""
+    guided: bool = True
+    value: float = 0.0
+    error: UserError | None = None
+
+    @classmethod
+    def end(cls, reason: FinishReason, text: str = "", error: UserError | None = None) -> Token:
+        """The end of a request for which no token was drawn."""
+        return cls(-1, math.nan, reason, text, error=error)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished request. ``ids`` ends with the stop token if there was one; ``logprobs`` has one number for each."""
+    """A finished request. ``ids`` ends with the stop token if there was one; ``logprobs`` has one number for each.
+
+    ``text`` is empty for an engine without a tokenizer, and ends before a stop string. ``value`` is the guide's
+    accumulated score, ``guided`` the number of tokens for which the guide ran.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: FinishReason
+    text: str = ""
+    value: float = 0.0
+    guided: int = 0
+    error: UserError | None = None
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> Generation:
-        """All the tokens of a request that has ended. A token that was vetoed was never drawn and is left out."""
-        last = tokens[-1].finished
-        if last is None:
+        """All the tokens of a request that has ended."""
+        last = tokens[-1]
+        if last.finished is None:
             raise ValueError("the request hasn't ended")
-        drawn = tokens[:-1] if last == "vetoed" else tokens
-        return cls(tuple(t.id for t in drawn), tuple(t.logprob for t in drawn), last)
+        drawn = [t for t in tokens if t.id >= 0]
+        return cls(
+            ids=tuple(t.id for t in drawn),
+            logprobs=tuple(t.logprob for t in drawn),
+            finished=last.finished,
+            text="".join(t.text for t in tokens),
+            value=sum(t.value for t in drawn),
+            guided=sum(t.guided for t in drawn),
+            error=last.error,
+        )
+
+    def require(self, field: str) -> Generation:
+        """This generation; raises its error, with ``field`` in front, when it has one."""
+        if self.error is not None:
+            raise _named(self.error, field)
+        return self
+
+
+def _named(error: UserError, field: str) -> UserError:
+    return FieldError(f"{field}.{error.field}", error.value, error.allowed) if isinstance(error, FieldError) else error

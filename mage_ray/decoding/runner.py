@@ -1,113 +1,222 @@
 """RowRunner: a model, a bank and KV slots; the only place where a forward happens.
 
-Legend: R live rows, K experts, V vocabulary, T tokens.
+Legend: R rows, B rows of one forward, K experts, V vocabulary, T tokens, L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
+from mage_ray.decoding.attention import Attention
+from mage_ray.decoding.graphs import StepGraphs
 from mage_ray.decoding.plan import Row
+from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.slots import KVSlots
 from mage_ray.errors import FieldError
 from mage_ray.merging.bank import AdapterBank
 
-_PREFILL_TOKENS = 2048
-"""Padded tokens in one prefill forward: enough to fill the cores, few enough to bound memory."""
+PREFILL_TOKENS = 2048
+"""Padded tokens in one forward at most: enough to fill the cores, few enough to bound memory."""
+
+
+@dataclass(eq=False)
+class LiveRow:
+    """A row that holds a slot. ``tokens`` are those whose keys and values are in it; ``goal`` what it was started for.
+
+    ``place`` is the slot's number; the runner may move a row to another one between forwards.
+    """
+
+    row: Row
+    place: int
+    goal: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    exact: bool = True
+    """Whether its own coefficients made all that it holds."""
+
+    @property
+    def ahead(self) -> Sequence[int]:
+        """What the slot holds, or will hold once its goal is computed."""
+        return self.tokens if len(self.tokens) >= len(self.goal) else self.goal
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the rows of a runner take, in bytes: ``total`` is stated up front and never exceeded."""
+
+    rows: int
+    length: int
+    per_position: int
+    kept_positions: int
+
+    @property
+    def total(self) -> int:
+        return (self.rows * KVSlots.capacity(self.length) + self.kept_positions) * self.per_position
 
 
 class RowRunner:
     """Runs rows of one backbone. The model belongs to the runner from here on: the bank is built into it.
 
-    Live rows are numbered 0 … R-1, densely; ``admit`` adds rows at the end, ``drop`` moves the last ones into the gaps.
+    ``rows`` rows of up to ``length`` tokens at once, fewer rows where their keys and values would take more than
+    ``memory`` bytes. Prompts of ended rows are kept for later rows of equal coefficients, up to ``kept`` tokens in all
+    (None: as many as eight rows hold; 0: none).
 
-    Raises FieldError when the bank doesn't fit the model, or when ``length`` is more than the model or its sliding
-    window can hold.
+    With ``fixed`` shapes (the default on a GPU) a step runs at a few sizes alone, each captured once as a CUDA graph;
+    on a CPU the same fixed-shape step runs uncaptured.
+
+    Raises FieldError when the bank doesn't fit the model, when ``length`` is more than the model can hold, when not
+    even one row fits into ``memory``, or when the model's attention can't be given a mask of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: AdapterBank | None, rows: int, length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bank: AdapterBank | None,
+        rows: int,
+        length: int,
+        *,
+        memory: int | None = None,
+        kept: int | None = None,
+        fixed: bool | None = None,
+    ) -> None:
         config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "sliding_window"):
-            limit = getattr(config, name, None)
-            if limit is not None and length > limit:
-                raise FieldError("length", length, f"at most {limit} tokens, this model's {name}")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise FieldError("length", length, f"at most {limit} tokens, this model's max_position_embeddings")
         self.model = model.eval()
-        self.rows, self.length = rows, length
-        self._mix = bank.install(model) if bank is not None and len(bank) else None
-        self._experts = len(bank) if bank is not None else 0
-        self._slots = KVSlots(config.num_hidden_layers, rows, length)
-        self._coefficients_RK = torch.zeros(rows, self._experts, device=model.device, dtype=model.dtype)
-        self._used_R = torch.zeros(rows, dtype=torch.long, device=model.device)
-        self.live = 0
-
-    @torch.inference_mode()
-    def admit(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Start a row for each (row, prompt) pair and return its number.
-
-        All of a prompt but its last token is computed here, once for equal pairs; the last token is the first that
-        ``step`` feeds. Raises FieldError when a row has coefficients for another bank or a prompt is empty or too long.
-        """
-        if self.live + len(rows) > self.rows:
-            raise FieldError("rows", self.live + len(rows), f"at most {self.rows} at once")
-        for row, prompt in zip(rows, prompts, strict=True):
-            if len(row.coefficients) != self._experts:
+        self.length = length
+        self.experts = len(bank) if bank is not None else 0
+        self._mix = (bank or AdapterBank([])).install(model)
+        # Prefill needs no logits: the body alone runs then.
+        self._body = getattr(model, "base_model", model)
+        self._attention = Attention.of(model, length)
+        self._live: list[LiveRow] = []
+        kept = 8 * length if kept is None else kept
+        per_position = self._probe(config.num_hidden_layers)
+        if memory is not None and per_position:
+            fitting = (memory // per_position - kept) // KVSlots.capacity(length)
+            if fitting < 1:
+                needed = Memory(1, length, per_position, kept).total
                 raise FieldError(
-                    "coefficients", list(row.coefficients), f"{self._experts} numbers, one for each expert"
+                    "memory", memory, f"at least {needed} bytes, for one row of {length} and the kept ones"
                 )
-            if not 0 < len(prompt) <= self.length:
-                raise FieldError("prompt", f"{len(prompt)} tokens", f"1 to {self.length}")
-        same: dict[tuple[Row, tuple[int, ...]], list[int]] = {}
-        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            same.setdefault((row, tuple(prompt)), []).append(i)
-        # By length, so that a forward pads little.
-        distinct = sorted(same, key=lambda pair: len(pair[1]))
-        number = dict(zip(distinct, range(self.live, self.live + len(distinct)), strict=True))
-        for (row, prompt), slot in number.items():
-            self._start(slot, row, len(prompt) - 1)
-        self._prefill(self.live, [prompt[:-1] for _, prompt in distinct])
-        self.live += len(distinct)
-        numbers = [0] * len(rows)
-        for pair, owners in same.items():
-            numbers[owners[0]] = number[pair]
-            for owner in owners[1:]:
-                self._start(self.live, pair[0], len(pair[1]) - 1)
-                self._slots.copy(number[pair], self.live, len(pair[1]) - 1)
-                numbers[owner] = self.live
-                self.live += 1
-        return numbers
+            rows = min(rows, fitting)
+        self.rows = rows
+        self.memory = Memory(rows, length, per_position, kept)
+        self._kept = PrefixStore(kept)
+        fixed = model.device.type == "cuda" if fixed is None else fixed
+        self._slots = KVSlots(config.num_hidden_layers, rows, length, fixed)
+        self._coefficients_RK = torch.zeros(rows, self.experts, device=model.device, dtype=model.dtype)
+        self._graphs = StepGraphs(self._run, rows, length, model.device) if fixed else None
 
-    def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Feed one token to every live row; the logits after it, [R, V].
+    @property
+    def live(self) -> int:
+        """Rows that hold a slot now."""
+        return len(self._live)
 
-        Raises FieldError when the number of tokens isn't R or a row has no position left.
-        """
-        if len(tokens) != self.live:
-            raise FieldError("tokens", len(tokens), f"{self.live}, one for each live row")
-        if self.live == 0:
-            raise FieldError("rows", 0, "1 or more to step")
-        if int(self._used_R[: self.live].max()) >= self.length:
-            raise FieldError("rows", f"one of {self.length} tokens", f"rows that end within {self.length} tokens")
-        return self._forward(0, [[token] for token in tokens])
+    @property
+    def free(self) -> int:
+        """Rows that could be started now."""
+        return self.rows - len(self._live)
+
+    def check(self, row: Row) -> None:
+        """Raises FieldError when a row has coefficients for another bank."""
+        if len(row.coefficients) != self.experts:
+            raise FieldError("coefficients", list(row.coefficients), f"{self.experts} numbers, one for each expert")
 
     @torch.inference_mode()
-    def drop(self, numbers: Sequence[int]) -> dict[int, int]:
-        """End rows. Returns the new number of every row that moved, so that live rows stay dense."""
-        moved: dict[int, int] = {}
-        where: dict[int, int] = {}  # present place -> number at the time of the call
-        for gone in sorted(set(numbers), reverse=True):
-            last = self.live - 1
-            if gone != last:
-                self._slots.copy(last, gone, int(self._used_R[last]))
-                self._used_R[gone] = self._used_R[last]
-                self._coefficients_RK[gone] = self._coefficients_RK[last]
-                original = where.pop(last, last)
-                where[gone] = original
-                moved[original] = gone
-            self.live -= 1
-        return moved
+    def start(self, row: Row, goal: Sequence[int] = ()) -> LiveRow:
+        """Give a row a slot, with as much of ``goal[:-1]`` as rows of equal coefficients have computed or left behind.
+
+        Raises FieldError when no slot is free or the row has coefficients for another bank.
+        """
+        self.check(row)
+        if not self.free:
+            raise FieldError("rows", self.live + 1, f"at most {self.rows} at once")
+        started = LiveRow(row, self.live, goal)
+        self._coefficients_RK[started.place] = torch.tensor(row.coefficients, dtype=self.model.dtype)
+        self._live.append(started)
+        source = max(self.siblings(started), key=lambda s: common_length(s.tokens, goal), default=None)
+        if source is not None:
+            self.share(source, started)
+        kept = self._kept.find(row, goal[:-1])
+        if kept is not None and kept.common > len(started.tokens):
+            self._slots.write(started.place, kept.parts, kept.common)
+            started.tokens = list(goal[: kept.common])
+        return started
+
+    def siblings(self, row: LiveRow) -> list[LiveRow]:
+        """The other live rows with equal coefficients that may serve this one."""
+        return [other for other in self._live if other is not row and other.exact and other.row == row.row]
+
+    @torch.inference_mode()
+    def share(self, source: LiveRow, target: LiveRow) -> None:
+        """Copy into ``target`` what ``source`` has computed of the target's goal, all but its last token at most."""
+        common = min(common_length(source.tokens, target.goal), len(target.goal) - 1)
+        if common > len(target.tokens):
+            self._slots.copy(source.place, target.place, common)
+            target.tokens = list(target.goal[:common])
+
+    @torch.inference_mode()
+    def adopt(self, row: LiveRow, other: Row) -> None:
+        """The row goes on under other coefficients, from keys and values that the old ones made (approximate)."""
+        self.check(other)
+        row.row, row.exact = other, False
+        self._coefficients_RK[row.place] = torch.tensor(other.coefficients, dtype=self.model.dtype)
+
+    @torch.inference_mode()
+    def branch(self, row: LiveRow, other: Row) -> LiveRow:
+        """A new row of other coefficients that goes on from a copy of this row's keys and values (approximate)."""
+        started = self.start(other)
+        self._slots.copy(row.place, started.place, len(row.tokens))
+        started.goal, started.tokens, started.exact = row.goal, list(row.tokens), False
+        return started
+
+    def rewind(self, row: LiveRow, length: int) -> None:
+        """Forget all but the first ``length`` tokens of a row."""
+        del row.tokens[length:]
+
+    @torch.inference_mode()
+    def end(self, row: LiveRow, wipe: bool = False) -> None:
+        """Free a row's slot. What it holds is kept for later rows, or, with ``wipe``, wiped out."""
+        if wipe:
+            self._slots.wipe(row.place)
+        elif row.exact and row.tokens:
+            self._kept.add(row.row, row.tokens, lambda: self._slots.read(row.place, len(row.tokens)))
+        last = self._live[-1]
+        self._swap(row, last)
+        self._live.pop()
+
+    @torch.inference_mode()
+    def arrange(self, first: Sequence[LiveRow]) -> None:
+        """Move these rows to the first slots, so that a forward of them reads one stretch of memory."""
+        for place, row in enumerate(first):
+            self._swap(row, self._live[place])
+
+    @torch.inference_mode()
+    def feed(self, rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
+        """Feed each row its tokens, one or more; the logits after the last ``keep`` columns, [B * keep, V].
+
+        Shorter rows are padded at the end. ``keep = 0`` computes no logits: an empty tensor. Raises FieldError when a
+        row has no positions left.
+        """
+        ends = [len(row.tokens) + len(fed) for row, fed in zip(rows, tokens, strict=True)]
+        visible = max(ends)
+        if visible > self.length:
+            raise FieldError("rows", f"one of {visible} tokens", f"rows that end within {self.length} tokens")
+        places = [row.place for row in rows]
+        longest = max(map(len, tokens))
+        starts = [len(row.tokens) for row in rows]
+        if self._graphs is not None and longest == 1 and keep == 1 and places == list(range(len(rows))):
+            logits = self._graphs.run([fed[0] for fed in tokens], starts)
+        else:
+            logits = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
+        for row, fed in zip(rows, tokens, strict=True):
+            row.tokens.extend(fed)
+        return logits
 
     @torch.inference_mode()
     def score(self, row: Row, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
@@ -115,61 +224,91 @@ class RowRunner:
 
         All run under one row, in one batch: it needs a free row for each while it runs.
         """
-        numbers = self.admit([row] * len(tokens), [t[:start] for t, start in zip(tokens, starts, strict=True)])
-        first = min(numbers, default=self.live)
-        order = sorted(range(len(tokens)), key=lambda i: numbers[i])
+        scores = [torch.empty(0)] * len(tokens)
+        some = [i for i, (t, start) in enumerate(zip(tokens, starts, strict=True)) if len(t) > start]
+        rows: list[LiveRow] = []
         try:
-            fed = [list(tokens[i][starts[i] - 1 : -1]) for i in order]
-            if not any(fed):
-                return [torch.empty(0) for _ in tokens]
+            for i in some:
+                rows.append(self.start(row, tokens[i][: starts[i]]))
+                # One after the other where prompts differ: a shared beginning is computed once.
+                if left := tokens[i][len(rows[-1].tokens) : starts[i] - 1]:
+                    self.feed([rows[-1]], [left], keep=0)
+            fed = [tokens[i][starts[i] - 1 : -1] for i in some]
+            if not some:
+                return scores
             longest = max(map(len, fed))
-            logits_BTV = self._forward(first, fed, keep=longest).unflatten(0, (len(fed), longest))
-            scores: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
-            for logits_TV, i in zip(logits_BTV, order, strict=True):
+            logits_BTV = self.feed(rows, fed, keep=longest).unflatten(0, (len(some), longest))
+            for logits_TV, i in zip(logits_BTV, some, strict=True):
                 targets = torch.tensor(tokens[i][starts[i] :], device=logits_TV.device, dtype=torch.long)
                 logits_tV = logits_TV[: len(targets)].float()
                 scores[i] = (logits_tV.gather(1, targets[:, None])[:, 0] - logits_tV.logsumexp(-1)).cpu()
             return scores
         finally:
-            self.drop(numbers)
+            for started in rows:
+                self.end(started)
 
-    def _start(self, slot: int, row: Row, used: int) -> None:
-        self._coefficients_RK[slot] = torch.tensor(row.coefficients, dtype=self.model.dtype)
-        self._used_R[slot] = used
+    def _swap(self, one: LiveRow, other: LiveRow) -> None:
+        if one is other:
+            return
+        self._slots.swap(one.place, other.place, (len(one.tokens), len(other.tokens)))
+        places = [one.place, other.place]
+        self._coefficients_RK[places] = self._coefficients_RK[places[::-1]]
+        one.place, other.place = other.place, one.place
+        self._live[one.place], self._live[other.place] = one, other
 
-    def _prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> None:
-        """Compute the prompts (sorted by length) of the rows from ``first`` on."""
-        begin = 0
-        while begin < len(prompts):
-            end = begin + 1
-            while end < len(prompts) and len(prompts[end]) * (end + 1 - begin) <= _PREFILL_TOKENS:
-                end += 1
-            if prompts[end - 1]:
-                self._used_R[first + begin : first + end] = 0
-                self._forward(first + begin, prompts[begin:end])
-            begin = end
-
-    @torch.inference_mode()
-    def _forward(self, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
-        """One forward of rows ``first …``; the logits of the last ``keep`` columns, flattened to [B * keep, V]."""
+    def _padded(
+        self, places: list[int], tokens: Sequence[Sequence[int]], starts: list[int], longest: int, visible: int
+    ) -> tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(slots, place_B, input_BT, position_BT, written_BT) of a forward of any shape."""
         device = self.model.device
-        rows = slice(first, first + len(tokens))
-        lengths_B = torch.tensor([len(t) for t in tokens], device=device)
-        longest = max(len(t) for t in tokens)
+        place_B = torch.tensor(places, device=device)
+        start_B1 = torch.tensor(starts, device=device)[:, None]
+        in_order = places == list(range(places[0], places[0] + len(places)))
+        slots = slice(places[0], places[0] + len(places)) if in_order else place_B
         input_BT = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens], device=device)
-        position_BT, seen_B1TL = self._slots.open(first, self._used_R[rows], lengths_B)
+        offset_T = torch.arange(longest, device=device)
+        position_BT = start_B1 + offset_T
+        if all(len(t) == longest for t in tokens):
+            return slots, place_B, input_BT, position_BT, position_BT
+        real_BT = offset_T < torch.tensor([len(t) for t in tokens], device=device)[:, None]
+        return (
+            slots,
+            place_B,
+            input_BT,
+            torch.where(real_BT, position_BT, 0),
+            torch.where(real_BT, position_BT, visible),
+        )
+
+    def _run(
+        self,
+        slots: slice | torch.Tensor,
+        place_B: torch.Tensor,
+        input_BT: torch.Tensor,
+        position_BT: torch.Tensor,
+        written_BT: torch.Tensor,
+        visible: int,
+        keep: int,
+    ) -> torch.Tensor:
+        """One forward. Everything that changes from step to step is in tensors, so that it can be captured."""
+        self._slots.open(slots, place_B, written_BT, visible)
         inputs = {
             "input_ids": input_BT,
             "position_ids": position_BT,
-            "attention_mask": seen_B1TL,
+            "attention_mask": self._attention.masks(position_BT, visible),
             "past_key_values": self._slots,
             "use_cache": True,
-            "logits_to_keep": keep,
         }
-        if self._mix is None:
-            logits_BTV = self.model(**inputs).logits
-        else:
-            with self._mix.rows(self._coefficients_RK[rows]):
-                logits_BTV = self.model(**inputs).logits
-        self._used_R[rows] += lengths_B
-        return logits_BTV.flatten(0, 1)
+        with self._mix.rows(self._coefficients_RK[slots]):
+            if keep == 0:
+                self._body(**inputs)
+                return torch.empty(0)
+            return self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
+
+    @torch.inference_mode()
+    def _probe(self, layers: int) -> int:
+        """Bytes of one position of one row, as a forward of one token shows; an unusable model fails here, at once."""
+        self._slots = KVSlots(layers, 1, 1)
+        self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
+        zero_11 = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        self._run(slice(0, 1), zero_11[0], zero_11, zero_11, zero_11, 1, 1)
+        return self._slots.bytes_per_position

@@ -14,16 +14,20 @@ import torch
 class Combination:
     """How the rows of a batch add up to requests.
 
-    ``request_R`` the request that each row belongs to, ``weight_R`` its weight, ``base_Q`` the row that
-    chooses each request's candidates, ``candidates_Q`` how many, None for the whole vocabulary.
+    ``row_R`` the rows of the logits that take part, ``request_R`` the request that each belongs to, ``weight_R`` its
+    weight, ``base_Q`` the row of the logits that chooses each request's candidates, ``candidates_Q`` how many, None for
+    the whole vocabulary.
     """
 
+    row_R: torch.Tensor
     request_R: torch.Tensor
     weight_R: torch.Tensor
     base_Q: torch.Tensor
     candidates_Q: torch.Tensor | None
     plain: bool = False
-    """Whether every request is one row of weight 1, in order: nothing to add up then."""
+    """Whether every request is one row of weight 1: nothing to add up then."""
+    all_rows: bool = False
+    """Whether the rows that take part are all, in order."""
 
     def __len__(self) -> int:
         return len(self.base_Q)
@@ -36,16 +40,20 @@ def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Te
     when all tokens are candidates, in which case C = V. A token that any row of positive weight rules out (-inf) stays
     ruled out, whatever the others say.
     """
-    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     if how.candidates_Q is None:
-        return _weighted_sum(logits_RV, how).log_softmax(-1), None
+        taken_RV = logits_RV if how.all_rows else logits_RV[how.row_R]
+        return _weighted_sum(_precise(taken_RV), how).log_softmax(-1), None
     most = min(int(how.candidates_Q.max()), logits_RV.shape[1])
     ids_QC = logits_RV[how.base_Q].topk(most, dim=-1).indices
     # In the order of token ids, so that a draw doesn't depend on how many candidates a neighbour has, or on the base's
     # ranking where all tokens are candidates.
     ids_QC, rank_QC = ids_QC.sort(dim=-1)
-    scores_QC = _weighted_sum(logits_RV.gather(1, ids_QC[how.request_R]), how)
+    scores_QC = _weighted_sum(_precise(logits_RV[how.row_R[:, None], ids_QC[how.request_R]]), how)
     return scores_QC.masked_fill(rank_QC >= how.candidates_Q[:, None], -torch.inf).log_softmax(-1), ids_QC
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _weighted_sum(logits_RC: torch.Tensor, how: Combination) -> torch.Tensor:
@@ -70,29 +78,48 @@ def _weighted_sum(logits_RC: torch.Tensor, how: Combination) -> torch.Tensor:
 def sample(
     logprobs_QC: torch.Tensor, temperature_Q: torch.Tensor, top_p_Q: torch.Tensor, uniform_Q: torch.Tensor
 ) -> torch.Tensor:
-    """The index in C that each request draws, [Q], by inverting the distribution at ``uniform_Q`` in [0, 1).
+    """The index in C that each request draws, [Q], by inverting ``distribution`` at ``uniform_Q`` in [0, 1).
 
-    Temperature 0 takes the most likely one. ``top_p`` keeps the smallest set of most likely tokens whose probability,
-    at that temperature, reaches it. A request's draw depends on its own row and number alone.
+    A request's draw depends on its own row and number alone.
+    """
+    if not bool((temperature_Q > 0).any()):
+        return logprobs_QC.argmax(-1)
+    return invert(distribution(logprobs_QC, temperature_Q, top_p_Q), uniform_Q)
+
+
+def distribution(logprobs_QC: torch.Tensor, temperature_Q: torch.Tensor, top_p_Q: torch.Tensor) -> torch.Tensor:
+    """What each request draws from, [Q, C]; up to a factor, where ``top_p`` leaves tokens out.
+
+    Temperature 0 is all on the most likely token. ``top_p`` keeps the smallest set of most likely tokens whose
+    probability, at that temperature, reaches it.
     """
     warm_Q = temperature_Q > 0
-    if not bool(warm_Q.any()):
-        return logprobs_QC.argmax(-1)
     if bool((temperature_Q == 1).all()):
         probs_QC = logprobs_QC.exp()
     else:
         probs_QC = (logprobs_QC / torch.where(warm_Q, temperature_Q, 1.0)[:, None]).softmax(-1)
     if bool((top_p_Q < 1).any()):
         probs_QC = torch.where(_nucleus(probs_QC, top_p_Q), probs_QC, 0.0)
+    if bool(warm_Q.all()):
+        return probs_QC
+    greedy_QC = torch.zeros_like(probs_QC).scatter_(1, logprobs_QC.argmax(-1, keepdim=True), 1.0)
+    return torch.where(warm_Q[:, None], probs_QC, greedy_QC)
+
+
+def invert(probs_QC: torch.Tensor, uniform_Q: torch.Tensor) -> torch.Tensor:
+    """The index in C at which the cumulative distribution passes ``uniform_Q``, [Q]; probabilities up to a factor."""
     cumulative_QC = probs_QC.cumsum(-1)
     target_Q1 = uniform_Q.to(cumulative_QC)[:, None] * cumulative_QC[:, -1:]
     drawn_Q1 = torch.searchsorted(cumulative_QC, target_Q1, right=True)
     # A uniform next to 1 may round up to the total: the last token that has any probability is meant.
     last_Q1 = probs_QC.shape[1] - 1 - (probs_QC > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-    drawn_Q1 = torch.minimum(drawn_Q1, last_Q1)
-    if bool(warm_Q.all()):
-        return drawn_Q1[:, 0]
-    return torch.where(warm_Q, drawn_Q1[:, 0], logprobs_QC.argmax(-1))
+    return torch.minimum(drawn_Q1, last_Q1)[:, 0]
+
+
+def entropy(logits_QV: torch.Tensor) -> torch.Tensor:
+    """The entropy of each next-token distribution, [Q], in nats."""
+    logprobs_QV = _precise(logits_QV).log_softmax(-1)
+    return -(logprobs_QV.exp() * logprobs_QV.clamp_min(torch.finfo(logprobs_QV.dtype).min)).sum(-1)
 
 
 def _nucleus(probs_QC: torch.Tensor, top_p_Q: torch.Tensor) -> torch.Tensor:

@@ -1,66 +1,163 @@
-"""Who gets which slot: requests wait in order, run while rows are free, and leave their rows to the next."""
+"""Who runs: requests wait in order, take slots when all their rows fit, and are computed up to their last token.
+
+A request's ``history`` is its prompt and what it has generated. Each of its rows holds some beginning of that; what is
+missing, but for the last token, which a step feeds, is the row's *lag*. New requests, rows that a changed preference
+brought in and rows that guidance left out for a while are all the same thing here: rows that lag.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from mage_ray.decoding.request import Request
-from mage_ray.decoding.runner import RowRunner
+from mage_ray.decoding.plan import Plan
+from mage_ray.decoding.prefixes import common_length
+from mage_ray.decoding.request import Request, Token
+from mage_ray.decoding.runner import PREFILL_TOKENS, LiveRow, RowRunner
+from mage_ray.decoding.text import TextStream
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """A request on its way: ``rows[i]`` is the runner's number of the plan's row i, ``next`` the token to feed."""
+    """A request on its way. ``rows[i]`` is the live row of ``plan.rows[i]``; ``emit`` is handed its tokens."""
 
-    index: int
     request: Request
-    rows: list[int]
-    next: int
+    emit: Callable[[Token], None]
+    plan: Plan
+    history: list[int]
+    dice: torch.Generator
+    text: TextStream | None = None
+    rows: list[LiveRow] = field(default_factory=list)
     generated: int = 0
-    dice: torch.Generator = field(default_factory=torch.Generator)
+    proposals: list[Proposal] = field(default_factory=list)
+    ended: bool = False
 
-    def __post_init__(self) -> None:
-        self.dice.manual_seed(self.request.sampling.seed)
+    @property
+    def room(self) -> int:
+        """Tokens that it may still generate."""
+        return self.request.sampling.max_new_tokens - self.generated
+
+    def uniform(self) -> float:
+        """The request's next random number in [0, 1)."""
+        return float(torch.rand((), generator=self.dice, dtype=torch.float64))
+
+    def rest(self) -> str:
+        """The text that was held back, when no more will come."""
+        return self.text.end() if self.text is not None else ""
+
+    @property
+    def eager_rows(self) -> list[LiveRow]:
+        """The rows that run at every step."""
+        return self.rows if self.plan.eager else self.rows[:1]
+
+    def lag(self, row: LiveRow) -> int:
+        """Tokens that the row lacks before a step may feed it, or, of a row that waits for its turns, of its goal."""
+        eager = self.plan.eager or row is self.rows[0]
+        return (len(self.history) if eager else len(row.goal)) - 1 - len(row.tokens)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a step may feed it."""
+        return bool(self.rows) and all(self.lag(row) <= 0 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A token that the base proposed, and the base's logits [V] that it was drawn from."""
+
+    token: int
+    logits_V: torch.Tensor
 
 
 class Scheduler:
-    """First come, first served; all rows of a request run together."""
+    """First come, first served for slots; prefill in bounded chunks, shared between those who wait for it.
 
-    def __init__(self, runner: RowRunner, requests: Iterable[Request]) -> None:
-        self._runner = runner
-        self._waiting = deque(enumerate(requests))
+    While requests decode, a chunk has at most ``chunk`` tokens, so that their steps come often; it goes by turns to the
+    oldest request and to the one with least left to compute, so a long prompt neither stalls short ones nor starves.
+    """
+
+    def __init__(self, runner: RowRunner, chunk: int) -> None:
+        self._runner, self._chunk = runner, chunk
+        self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self._oldest_next = True
 
-    def admit(self) -> bool:
-        """Give the longest-waiting requests the free rows. Whether anything has changed."""
-        joining: list[tuple[int, Request]] = []
-        free = self._runner.rows - self._runner.live
-        while self._waiting and len(self._waiting[0][1].plan.rows) <= free:
-            joining.append(self._waiting.popleft())
-            free -= len(joining[-1][1].plan.rows)
-        pairs = [(row, request.prompt) for _, request in joining for row in request.plan.rows]
-        numbers = iter(self._runner.admit([row for row, _ in pairs], [prompt for _, prompt in pairs]))
-        for index, request in joining:
-            rows = [next(numbers) for _ in request.plan.rows]
-            self.running.append(Running(index, request, rows, next=request.prompt[-1]))
-        return bool(joining)
+    def admit(self) -> None:
+        """Give the longest-waiting requests the free slots, all of a request's rows at once."""
+        while self.waiting and len(self.waiting[0].plan.rows) <= self._runner.free:
+            joining = self.waiting.popleft()
+            self.running.append(joining)
+            # What it is started for is fixed here: the history grows.
+            goal = tuple(joining.history)
+            for row in joining.plan.rows:
+                joining.rows.append(self._runner.start(row, goal))
 
-    def finish(self, gone: Sequence[Running]) -> None:
-        """Free the rows of requests that have ended."""
-        moved = self._runner.drop([row for running in gone for row in running.rows])
-        left = {id(running) for running in gone}
-        self.running = [running for running in self.running if id(running) not in left]
-        for running in self.running:
-            running.rows = [moved.get(row, row) for row in running.rows]
+    def remove(self, running: Running, wipe: bool = False) -> None:
+        """A request that has ended goes, wherever it is."""
+        running.ended = True
+        self._release(running, wipe)
+        if running in self.running:
+            self.running.remove(running)
+        elif running in self.waiting:
+            self.waiting.remove(running)
 
-    def tokens(self) -> list[int]:
-        """The token that each live row is fed next: all rows of a request get the same one."""
-        fed = [0] * self._runner.live
-        for running in self.running:
-            for row in running.rows:
-                fed[row] = running.next
-        return fed
+    def requeue(self, running: Running) -> None:
+        """A running request gives up its slots and waits at the front; it computes its history anew."""
+        self._release(running)
+        self.running.remove(running)
+        self.waiting.appendleft(running)
+
+    def _release(self, running: Running, wipe: bool = False) -> None:
+        for row in running.rows:
+            self._runner.end(row, wipe)
+        running.rows, running.proposals = [], []
+
+    def prefill(self) -> None:
+        """Compute one chunk of what rows lack."""
+        lagging = [(running, self._lagging(running)) for running in self.running if not running.ready]
+        lagging = [(running, rows) for running, rows in lagging if rows]
+        if not lagging:
+            return
+        busy = any(running.ready for running in self.running)
+        budget = self._chunk if busy else PREFILL_TOKENS
+        if not self._oldest_next:
+            lagging.sort(key=lambda pair: sum(map(pair[0].lag, pair[1])))
+        self._oldest_next = not self._oldest_next
+        rows: list[LiveRow] = []
+        tokens: list[list[int]] = []
+        width = 0
+        for running, own in lagging:
+            if not rows:
+                width = max(1, min(max(map(running.lag, own)), budget // len(own)))
+            for row in own:
+                if rows and (len(rows) + 1) * width > budget:
+                    break
+                done = len(row.tokens)
+                rows.append(row)
+                tokens.append(running.history[done : done + min(width, running.lag(row))])
+        self._runner.feed(rows, tokens, keep=0)
+
+    def _lagging(self, running: Running) -> list[LiveRow]:
+        """The rows of a request that a forward has to bring on now: not those that another row is computing for."""
+        behind = [row for row in running.rows if running.lag(row) > 0]
+        return [row for row in behind if not self._served_by_another(running, row)]
+
+    def _served_by_another(self, running: Running, row: LiveRow) -> bool:
+        """Take what a row of equal coefficients has in common with this one; whether more of it is on its way."""
+        leader = max(self._runner.siblings(row), key=lambda other: _sharable(other, row), default=None)
+        if leader is None or _sharable(leader, row) <= len(row.tokens):
+            return False
+        self._runner.share(leader, row)
+        if running.lag(row) <= 0:
+            return True
+        ahead = _sharable(leader, row) > len(row.tokens)
+        # Of two rows that could serve each other, the one that has come further, then the one in the lower slot, leads.
+        return ahead and (len(leader.tokens), -leader.place) > (len(row.tokens), -row.place)
+
+
+def _sharable(source: LiveRow, target: LiveRow) -> int:
+    """How many tokens of the target's goal, short of the last, the source has or will have."""
+    return min(common_length(source.ahead, target.goal), len(target.goal) - 1)

@@ -1,10 +1,11 @@
-"""Static KV slots: one row of the batch each, at its own position, dense from 0.
+"""Static KV slots: one row of the batch each, at its own position.
 
-Legend: S slots, L positions, T tokens of this forward, H key-value heads, D their size.
+Legend: S slots, L positions, B rows of this forward, T tokens, H key-value heads, D their size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _GROWTH = 64
-"""Positions are allocated in steps of this many, as rows get there."""
+"""Positions are allocated in steps of this many, as rows get there, unless shapes are fixed."""
 
 
 class _Window:
-    """Which slots and positions the running forward writes, and how far it may look."""
+    """Which slots the running forward reads, where it writes, and how far it may look."""
 
     def __init__(self) -> None:
-        self.first = self.last = self.visible = self.capacity = 0
-        self.write_BT = torch.empty(0, 0, dtype=torch.long)
+        self.slots: slice | torch.Tensor = slice(0, 0)
+        self.visible = self.capacity = 0
+        self.write_N = torch.empty(0, dtype=torch.long)
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -29,8 +31,10 @@ class _SlotLayer(CacheLayerMixin):
         self._window, self._slots, self._length = window, slots, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = key_states.new_zeros(self._slots, key_states.shape[1], 0, key_states.shape[3])
-        self.values = value_states.new_zeros(self._slots, value_states.shape[1], 0, value_states.shape[3])
+        # Positions before heads: what a forward writes is then contiguous, as the projections made it.
+        capacity = self._window.capacity
+        self.keys = key_states.new_zeros(self._slots, capacity, key_states.shape[1], key_states.shape[3])
+        self.values = value_states.new_zeros(self._slots, capacity, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
 
     def update(
@@ -40,15 +44,16 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         w = self._window
-        more = w.capacity - self.keys.shape[2]
+        more = w.capacity - self.keys.shape[1]
         if more > 0:
-            self.keys = pad(self.keys, (0, 0, 0, more))
-            self.values = pad(self.values, (0, 0, 0, more))
-        keys, values = self.keys[w.first : w.last], self.values[w.first : w.last]
-        rows_B1 = torch.arange(w.last - w.first, device=keys.device)[:, None]
-        keys[rows_B1, :, w.write_BT] = key_states.transpose(1, 2)
-        values[rows_B1, :, w.write_BT] = value_states.transpose(1, 2)
-        return keys[:, :, : w.visible], values[:, :, : w.visible]
+            self.keys = pad(self.keys, (0, 0, 0, 0, 0, more))
+            self.values = pad(self.values, (0, 0, 0, 0, 0, more))
+        self.keys.flatten(0, 1).index_copy_(0, w.write_N, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.flatten(0, 1).index_copy_(0, w.write_N, value_states.transpose(1, 2).flatten(0, 1))
+        return (
+            self.keys[w.slots, : w.visible].transpose(1, 2),
+            self.values[w.slots, : w.visible].transpose(1, 2),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._window.visible, 0
@@ -61,39 +66,64 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class KVSlots(Cache):
-    """Keys and values of ``slots`` rows of up to ``length`` tokens; memory is taken as far as rows have come.
+    """Keys and values of ``slots`` rows of up to ``length`` tokens.
 
-    A forward runs over a range of slots, each at its own position; there is no padding between a row's tokens, so a
-    row's numbers don't depend on its neighbours' lengths.
+    A forward runs over any slots, each at its own position; there is no padding between a row's tokens, so a row's
+    numbers don't depend on its neighbours' lengths. Memory is taken as far as rows have come, or, with ``fixed``
+    shapes, all of it by the first forward.
     """
 
-    def __init__(self, layers: int, slots: int, length: int) -> None:
+    def __init__(self, layers: int, slots: int, length: int, fixed: bool = False) -> None:
         self._window = _Window()
         self._own = [_SlotLayer(self._window, slots, length) for _ in range(layers)]
+        self._window.capacity = self.capacity(length) if fixed else 0
         super().__init__(layers=list(self._own))
 
-    def open(self, first: int, starts_B: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Aim the next forward at slots ``first …``, whose rows go on at ``starts_B`` with ``lengths_B`` tokens each.
+    @staticmethod
+    def capacity(visible: int) -> int:
+        """Positions that a slot of ``visible`` ones takes: one more, where padding is written, rounded up."""
+        return -(-(visible + 1) // _GROWTH) * _GROWTH
 
-        Returns positions [B, T] (0 for padding) and the mask [B, 1, T, L'] of what each token sees, True to attend.
+    def open(self, slots: slice | torch.Tensor, first_B: torch.Tensor, written_BT: torch.Tensor, visible: int) -> None:
+        """Aim the next forward at ``slots``, numbered ``first_B``: it writes to ``written_BT``, looks at ``visible``.
+
+        Padding is written to position ``visible`` or behind, past all that anybody looks at; a longer row that comes
+        to need that place writes over it first.
         """
-        tokens = int(lengths_B.max())
-        offsets_T = torch.arange(tokens, device=starts_B.device)
-        real_BT = offsets_T < lengths_B[:, None]
-        position_BT = torch.where(real_BT, starts_B[:, None] + offsets_T, 0)
         w = self._window
-        w.first, w.last = first, first + len(starts_B)
-        w.visible = int((starts_B + lengths_B).max())
-        # Padding is written to one position that nobody looks at, past all that is visible; a longer row that comes
-        # to need it writes over it first.
-        w.write_BT = torch.where(real_BT, position_BT, w.visible)
-        w.capacity = max(w.capacity, -(-(w.visible + 1) // _GROWTH) * _GROWTH)
-        seen_BTL = torch.arange(w.visible, device=starts_B.device) <= position_BT[:, :, None]
-        return position_BT, seen_BTL[:, None]
+        w.slots, w.visible = slots, visible
+        w.capacity = max(w.capacity, self.capacity(visible))
+        w.write_N = (first_B[:, None] * w.capacity + written_BT).flatten()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [t for layer in self._own for t in (layer.keys, layer.values) if t is not None]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Slot ``target`` becomes a copy of the first ``length`` positions of slot ``source``."""
-        for layer in self._own:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys[target, :, :length] = layer.keys[source, :, :length]
-                layer.values[target, :, :length] = layer.values[source, :, :length]
+        for tensor in self._tensors():
+            tensor[target, :length] = tensor[source, :length]
+
+    def swap(self, one: int, other: int, lengths: tuple[int, int]) -> None:
+        """Exchange the contents of two slots, whose rows have come ``lengths`` far."""
+        longest = max(lengths)
+        for tensor in self._tensors():
+            tensor[[one, other], :longest] = tensor[[other, one], :longest]
+
+    def wipe(self, slot: int) -> None:
+        """Zero a slot. What isn't finite would reach later rows even from behind a mask."""
+        for tensor in self._tensors():
+            tensor[slot] = 0
+
+    def read(self, slot: int, length: int) -> list[torch.Tensor]:
+        """The first ``length`` positions of a slot, copied: keys and values of each layer, [length, H, D]."""
+        return [tensor[slot, :length].clone() for tensor in self._tensors()]
+
+    def write(self, slot: int, kept: Sequence[torch.Tensor], length: int) -> None:
+        """Put the first ``length`` positions of what ``read`` gave into a slot."""
+        for tensor, part in zip(self._tensors(), kept, strict=True):
+            tensor[slot, :length] = part[:length]
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one token of one row takes. 0 before the first forward, which shows the shapes."""
+        return sum(t.shape[2] * t.shape[3] * t.element_size() for t in self._tensors())

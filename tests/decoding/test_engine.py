@@ -205,13 +205,18 @@ def test_leaving_a_stream_frees_its_rows(engine: Engine, setup: Setup) -> None:
         (Request((1,) * 190, PLAIN, Sampling(20)), "at most 200 together"),
         (Request((1,), Plan.of([((float(i), 0, 0, 0), 1.0) for i in range(25)])), "at most 24"),
         (Request((1,), Plan.of([((1.0,), 1.0)])), "4 numbers"),
+        (Request((1, 260), PLAIN), "token ids 0 to 259"),
+        (Request((1,), PLAIN, Sampling(5, stop=("x",))), "no tokenizer"),
     ],
 )
-def test_requests_that_cannot_run_are_refused_and_leave_nothing(
-    engine: Engine, request_: Request, message: str
-) -> None:
+def test_a_request_that_cannot_run_is_refused_alone(engine: Engine, request_: Request, message: str) -> None:
+    fine = Request((1,), PLAIN, Sampling(3, 0.0))
+    before, refused, after = engine.generate([fine, request_, fine])
+    assert (refused.finished, refused.ids) == ("error", ())
+    assert message in str(refused.error)
+    assert before.ids == after.ids == engine.generate([fine])[0].ids
     with pytest.raises(FieldError, match=message):
-        engine.generate([request_])
+        list(engine.stream(request_))
     assert engine.runner.live == 0
 
 
@@ -229,19 +234,6 @@ def test_requests_that_cannot_run_are_refused_and_leave_nothing(
 def test_unusable_sampling_is_refused(field: str, value: float) -> None:
     with pytest.raises(FieldError, match=field):
         Sampling(**{field: value})  # type: ignore[arg-type]
-
-
-def test_a_window_shorter_than_the_rows_is_refused(tmp_path: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=32,
-    )  # fmt: skip
-    model = MistralForCausalLM(config)
-    with pytest.raises(FieldError, match="sliding_window"):
-        RowRunner(model, None, rows=1, length=33)
-    assert RowRunner(model, None, rows=1, length=32).length == 32
 
 
 VETO = -1e30
@@ -263,7 +255,7 @@ class Fake(nn.Module):
         self.head.weight.data = torch.tensor(base)[:, None]
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: int, **_: object) -> object:
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 1, **_: object) -> object:
         from types import SimpleNamespace
 
         logits = self.head(torch.ones(*input_ids.shape, 1))[:, -logits_to_keep:]

@@ -17,6 +17,7 @@ def combination(plans: list[list[float]], candidates: list[int] | None = None) -
     """Requests given as lists of their rows' weights."""
     starts = np.cumsum([0, *[len(p) for p in plans]])[:-1]
     return Combination(
+        row_R=torch.arange(sum(map(len, plans))),
         request_R=torch.tensor([q for q, plan in enumerate(plans) for _ in plan]),
         weight_R=torch.tensor([w for plan in plans for w in plan]),
         base_Q=torch.tensor(starts.tolist()),
@@ -63,7 +64,7 @@ def test_guided_logprobs_are_the_formula(plans: list[list[float]], whole: bool, 
 def test_float64_logits_keep_their_precision() -> None:
     logits_RV = torch.randn(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     how = combination([[1.0, 1.5, -1.5]])
-    how = Combination(how.request_R, how.weight_R.double(), how.base_Q, None)
+    how = Combination(how.row_R, how.request_R, how.weight_R.double(), how.base_Q, None)
     got, _ = guided_logprobs(logits_RV, how)
     expected = formula(logits_RV.numpy(), [1.0, 1.5, -1.5], None)
     np.testing.assert_allclose(got[0].numpy(), [expected[a] for a in range(V)], atol=1e-12)
@@ -126,7 +127,7 @@ def test_linear_softmax_merging_and_ensembling_agree_to_rounding() -> None:
     experts = torch.from_numpy(np.stack([features @ (theta_0 + d) for d in deltas], axis=1)).flatten(0, 1)
     one = combination([[1.0]] * 7)
     many = combination([lam.tolist()] * 7)
-    many = Combination(many.request_R, many.weight_R.double(), many.base_Q, None)
+    many = Combination(many.row_R, many.request_R, many.weight_R.double(), many.base_Q, None)
     from_merge, _ = guided_logprobs(merged, one)
     from_ensemble, _ = guided_logprobs(
         experts, Combination(many.request_R, torch.tensor(lam.tolist() * 7, dtype=torch.float64), many.base_Q, None)

@@ -1,0 +1,134 @@
+"""One draw for each of a batch of requests: group those that combine alike, add up their rows, draw.
+
+Legend: Q requests, R rows of the logits, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mage_ray.decoding.request import Sampling
+from mage_ray.decoding.sampling import Combination, guided_logprobs, sample
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to draw: the rows of the logits that make it up, their weights, and how it is drawn.
+
+    ``values`` weigh the same rows for the guide's score of the drawn token; empty where nobody asks for it.
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+    candidates: int | None
+    sampling: Sampling
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The token, its log-probability at temperature 1, the guide's score of it; ``broken`` by logits not finite."""
+
+    token: int
+    logprob: float
+    value: float = 0.0
+    broken: bool = False
+
+
+class Drawer:
+    """Draws batch after batch; what a batch of the same requests needs is prepared once."""
+
+    def __init__(self) -> None:
+        self._asked: list[Draw] = []
+        self._groups: list[_Group] = []
+
+    def draw(self, asked: list[Draw], logits_RV: torch.Tensor, uniforms: Sequence[float]) -> list[Drawn]:
+        """One token for each, by its uniform number in [0, 1)."""
+        if asked != self._asked:
+            self._asked, self._groups = asked, _grouped(asked, logits_RV)
+        drawn: list[Drawn] = [Drawn(0, 0.0)] * len(asked)
+        for group in self._groups:
+            logprobs_QC, ids_QC = guided_logprobs(logits_RV, group.how)
+            uniform_Q = torch.tensor([uniforms[i] for i in group.members], dtype=torch.float64, device=logits_RV.device)
+            index_Q1 = sample(logprobs_QC, group.temperature_Q, group.top_p_Q, uniform_Q)[:, None]
+            ids = (index_Q1 if ids_QC is None else ids_QC.gather(1, index_Q1))[:, 0].tolist()
+            logprobs = logprobs_QC.gather(1, index_Q1)[:, 0].tolist()
+            for i, token, logprob in zip(group.members, ids, logprobs, strict=True):
+                draw = asked[i]
+                rows_RV = logits_RV[list(draw.rows)] if draw.values or math.isnan(logprob) else None
+                drawn[i] = Drawn(
+                    token,
+                    logprob,
+                    guide_score(rows_RV, draw.values, token) if draw.values and rows_RV is not None else 0.0,
+                    rows_RV is not None and math.isnan(logprob) and broken(rows_RV),
+                )
+        return drawn
+
+
+def guide_score(logits_RV: torch.Tensor, values: Sequence[float], token: int) -> float:
+    """``sum_r values[r] * log pi_r(token)``, the guide's score of one token (METHOD.md section 2)."""
+    logits_RV = logits_RV.double()
+    logprob_R = logits_RV[:, token] - logits_RV.logsumexp(-1)
+    return sum(v * logprob for v, logprob in zip(values, logprob_R.tolist(), strict=True) if v != 0)
+
+
+def broken(logits_RV: torch.Tensor) -> bool:
+    """Whether any of the logits is NaN or plus infinity; minus infinity rules a token out, which is allowed."""
+    return bool((logits_RV.isnan() | logits_RV.isposinf()).any())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Draws whose candidates are chosen alike, so that they combine in one go; ``members`` are their numbers."""
+
+    members: list[int]
+    how: Combination
+    temperature_Q: torch.Tensor
+    top_p_Q: torch.Tensor
+
+
+def _grouped(asked: Sequence[Draw], logits_RV: torch.Tensor) -> list[_Group]:
+    whole = [i for i, draw in enumerate(asked) if draw.candidates is None]
+    some = [i for i, draw in enumerate(asked) if draw.candidates is not None]
+    return [_group([asked[i] for i in members], members, logits_RV) for members in (whole, some) if members]
+
+
+def _group(draws: Sequence[Draw], members: list[int], logits_RV: torch.Tensor) -> _Group:
+    device = logits_RV.device
+    rows = [row for draw in draws for row in draw.rows]
+    weights = [draw.weights for draw in draws]
+    return _Group(
+        members=members,
+        how=combination(rows, weights, [draw.candidates for draw in draws], len(logits_RV), device),
+        temperature_Q=torch.tensor([draw.sampling.temperature for draw in draws], device=device),
+        top_p_Q=torch.tensor([draw.sampling.top_p for draw in draws], device=device),
+    )
+
+
+def combination(
+    rows: Sequence[int],
+    weights: Sequence[Sequence[float]],
+    candidates: Sequence[int | None],
+    height: int,
+    device: torch.device,
+) -> Combination:
+    """How ``rows`` of logits of ``height`` rows add up: as many of them for each request as it has ``weights``.
+
+    ``candidates`` are given for all requests or for none.
+    """
+    starts = list(itertools.accumulate((len(own) for own in weights), initial=0))[:-1]
+    limits = [limit for limit in candidates if limit is not None]
+    return Combination(
+        row_R=torch.tensor(rows, device=device),
+        request_R=torch.tensor([q for q, own in enumerate(weights) for _ in own], device=device),
+        weight_R=torch.tensor([w for own in weights for w in own], device=device),
+        base_Q=torch.tensor([rows[start] for start in starts], device=device),
+        candidates_Q=torch.tensor(limits, device=device) if limits else None,
+        plain=all(tuple(own) == (1.0,) for own in weights),
+        all_rows=list(rows) == list(range(height)),
+    )

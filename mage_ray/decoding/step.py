@@ -1,0 +1,158 @@
+"""One step of the requests that are ready: which rows run, in which forward, and what is drawn from them.
+
+All rows that run at every token share the first forward. Guides that a cadence leaves out are brought in by a second
+one, where they catch up on the tokens that they missed, or check what the base has proposed.
+
+Legend: R rows of the logits, N proposals, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mage_ray.decoding.drawing import Draw, Drawer, Drawn
+from mage_ray.decoding.request import FinishReason, Token
+from mage_ray.decoding.runner import LiveRow, RowRunner
+from mage_ray.decoding.sampling import entropy
+from mage_ray.decoding.scheduler import Proposal, Running
+from mage_ray.decoding.speculation import verify
+from mage_ray.errors import FieldError
+
+_At = dict[LiveRow, tuple[int, ...]]
+"""Which rows of the logits are a live row's, for the positions that are drawn or checked now."""
+
+
+class Step:
+    """Steps over the rows of one runner. ``stop`` holds the token ids that end a request."""
+
+    def __init__(self, runner: RowRunner, stop: frozenset[int]) -> None:
+        self._runner, self._stop = runner, stop
+        self._drawer, self._proposer = Drawer(), Drawer()
+
+    @torch.inference_mode()
+    def run(self, ready: Sequence[Running]) -> list[tuple[Running, Token]]:
+        """The tokens that the requests get in this step, in order: one each, or any number where the base proposes."""
+        if not ready:
+            return []
+        first = sorted((row for r in ready for row in r.eager_rows), key=lambda row: row.place)
+        self._runner.arrange(first)
+        owner = {row: r for r in ready for row in r.eager_rows}
+        logits_RV = self._runner.feed(first, [[_next(owner[row])] for row in first])
+        at: _At = {row: (i,) for i, row in enumerate(first)}
+
+        proposing = [r for r in ready if not r.plan.eager and r.plan.cadence.speculate]
+        lazy = [r for r in ready if not r.plan.eager and not r.plan.cadence.speculate]
+        self._propose(proposing, logits_RV, at)
+        checking = [r for r in proposing if self._proposed(r)]
+        alone = self._certain(lazy, logits_RV, at)
+        guided = [r for r in lazy if r not in alone]
+        if checking or guided:
+            logits_RV = self._guide(guided, checking, logits_RV, at)
+
+        tokens: list[tuple[Running, Token]] = []
+        drawing = [r for r in ready if r.plan.eager] + lazy
+        asked = [_base_draw(r, at) if r in alone else _draw(r, at) for r in drawing]
+        uniforms = [r.uniform() for r in drawing]
+        for r, drawn in zip(drawing, self._drawer.draw(asked, logits_RV, uniforms) if asked else [], strict=True):
+            tokens.append((r, self._token(r, drawn, r not in alone)))
+        for r in checking:
+            tokens += [(r, token) for token in self._check(r, logits_RV, at)]
+        return tokens
+
+    def _propose(self, proposing: list[Running], logits_RV: torch.Tensor, at: _At) -> None:
+        if not proposing:
+            return
+        asked = [_base_draw(r, at) for r in proposing]
+        drawn = self._proposer.draw(asked, logits_RV, [r.uniform() for r in proposing])
+        for r, draw, d in zip(proposing, asked, drawn, strict=True):
+            r.proposals.append(Proposal(d.token, logits_RV[draw.rows[0]].clone()))
+
+    def _proposed(self, r: Running) -> bool:
+        """Whether the base has proposed all that it may before the guide has its say."""
+        count = len(r.proposals)
+        return count >= min(r.plan.cadence.speculate, r.room) or r.proposals[-1].token in self._stop
+
+    def _certain(self, lazy: list[Running], logits_RV: torch.Tensor, at: _At) -> set[Running]:
+        """Those whose cadence leaves this token to the base alone."""
+        alone = {r for r in lazy if r.generated % r.plan.cadence.every != 0}
+        gated = [r for r in lazy if r.plan.cadence.entropy > 0 and r not in alone]
+        if gated:
+            nats = entropy(logits_RV[[at[r.rows[0]][0] for r in gated]]).tolist()
+            alone |= {r for r, h in zip(gated, nats, strict=True) if h < r.plan.cadence.entropy}
+        return alone
+
+    def _guide(
+        self,
+        guided: list[Running],
+        checking: list[Running],
+        logits_RV: torch.Tensor,
+        at: _At,
+    ) -> torch.Tensor:
+        """Run the guides of these requests over all that they missed; their logits join those of the first forward."""
+        rows: list[LiveRow] = []
+        tokens: list[list[int]] = []
+        needed: list[int] = []
+        for r in [*guided, *checking]:
+            sequence = r.history + [p.token for p in r.proposals[:-1]]
+            for row in r.rows[1:]:
+                rows.append(row)
+                tokens.append(sequence[len(row.tokens) :])
+                needed.append(max(1, len(r.proposals)))
+        longest = max(map(len, tokens))
+        keep = max(longest - len(t) + n for t, n in zip(tokens, needed, strict=True))
+        more_RV = self._runner.feed(rows, tokens, keep)
+        for i, (row, t, n) in enumerate(zip(rows, tokens, needed, strict=True)):
+            begin = len(logits_RV) + i * keep + len(t) - n - (longest - keep)
+            at[row] = tuple(range(begin, begin + n))
+        return torch.cat([logits_RV, more_RV])
+
+    def _check(self, r: Running, logits_RV: torch.Tensor, at: _At) -> list[Token]:
+        """The tokens that stand of what the base has proposed, and the one that replaces the first that doesn't."""
+        base_NV = torch.stack([p.logits_V for p in r.proposals])
+        logits_RNV = torch.stack([base_NV, *(logits_RV[list(at[row])] for row in r.rows[1:])])
+        proposed = [p.token for p in r.proposals]
+        uniforms = [r.uniform() for _ in range(2 * len(proposed))]
+        r.proposals = []
+        tokens = []
+        for drawn in verify(r.plan, r.request.sampling, proposed, logits_RNV, uniforms):
+            tokens.append(self._token(r, drawn, guided=True))
+            if tokens[-1].finished is not None:
+                break
+        for row in r.rows:
+            self._runner.rewind(row, len(r.history) - 1)
+        return tokens
+
+    def _token(self, r: Running, drawn: Drawn, guided: bool) -> Token:
+        """Put a drawn token to the request's history, and see whether it is the last."""
+        if drawn.broken:
+            error = FieldError("plan", "logits that are not finite", "rows whose coefficients keep them finite")
+            return Token.end("error", r.rest(), error)
+        if math.isnan(drawn.logprob):
+            return Token.end("vetoed", r.rest())
+        r.history.append(drawn.token)
+        r.generated += 1
+        finished: FinishReason | None = "stop" if drawn.token in self._stop else None
+        text = r.text.add(drawn.token) if r.text is not None and finished is None else ""
+        if finished is None and r.text is not None and r.text.stopped:
+            finished = "stop"
+        elif finished is None and r.room == 0:
+            finished = "length"
+        text += r.rest() if finished is not None else ""
+        return Token(drawn.token, drawn.logprob, finished, text, guided, drawn.value)
+
+
+def _next(r: Running) -> int:
+    return r.proposals[-1].token if r.proposals else r.history[-1]
+
+
+def _draw(r: Running, at: _At) -> Draw:
+    rows = tuple(at[row][0] for row in r.rows)
+    values = r.plan.values if r.plan.valued else ()
+    return Draw(rows, r.plan.weights, r.plan.candidates, r.request.sampling, values)
+
+
+def _base_draw(r: Running, at: _At) -> Draw:
+    return Draw(at[r.rows[0]], (1.0,), r.plan.candidates, r.request.sampling)
