@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_guided_logprobs_are_the_formula(plans: list[list[float]], whole: bool, 
 def test_float64_logits_keep_their_precision() -> None:
     logits_RV = torch.randn(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     how = combination([[1.0, 1.5, -1.5]])
-    how = Combination(how.row_R, how.request_R, how.weight_R.double(), how.base_Q, None)
+    how = replace(how, weight_R=how.weight_R.double())
     got, _ = guided_logprobs(logits_RV, how)
     expected = formula(logits_RV.numpy(), [1.0, 1.5, -1.5], None)
     np.testing.assert_allclose(got[0].numpy(), [expected[a] for a in range(V)], atol=1e-12)
@@ -126,12 +128,10 @@ def test_linear_softmax_merging_and_ensembling_agree_to_rounding() -> None:
     merged = torch.from_numpy(features @ (theta_0 + np.tensordot(lam, deltas, 1)))
     experts = torch.from_numpy(np.stack([features @ (theta_0 + d) for d in deltas], axis=1)).flatten(0, 1)
     one = combination([[1.0]] * 7)
-    many = combination([lam.tolist()] * 7)
-    many = Combination(many.row_R, many.request_R, many.weight_R.double(), many.base_Q, None)
+    exact = torch.tensor(lam.tolist() * 7, dtype=torch.float64)
+    many = replace(combination([lam.tolist()] * 7), weight_R=exact)
     from_merge, _ = guided_logprobs(merged, one)
-    from_ensemble, _ = guided_logprobs(
-        experts, Combination(many.request_R, torch.tensor(lam.tolist() * 7, dtype=torch.float64), many.base_Q, None)
-    )
+    from_ensemble, _ = guided_logprobs(experts, many)
     np.testing.assert_allclose(from_merge.numpy(), from_ensemble.numpy(), atol=1e-12)
 
 
