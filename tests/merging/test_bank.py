@@ -209,7 +209,12 @@ class Toy(nn.Module):
     ) -> list[torch.Tensor]:
         if calls is None:
             calls, tensors = [(i, 0) for i in range(len(self.members))], [torch.ones(1, 1, 6)]
-        return [self.members[member](tensors[number]) for member, number in calls]
+        results = []
+        for member, number in calls:
+            result = self.members[member](tensors[number])
+            results.append(result.clone())
+            result.zero_()  # a result is the caller's: to change it must not show in any other
+        return results
 
 
 def toy_adapters(model: Toy, ranks: Sequence[Sequence[int]]) -> list[Adapter]:
@@ -349,6 +354,36 @@ def test_an_input_that_the_model_changes_between_two_linears_is_not_shared() -> 
     AdapterBank([]).install(model)  # type: ignore[arg-type]
     for part, whole in zip(model(torch.zeros(1, 1)), exact, strict=True):
         torch.testing.assert_close(part, whole)
+
+
+@torch.inference_mode()
+def test_a_linear_that_is_called_more_than_once_stands_alone() -> None:
+    class Twice(Toy):
+        def forward(self, input_ids: torch.Tensor, **_: object) -> list[torch.Tensor]:
+            x = torch.ones(1, 1, 6, dtype=next(self.parameters(), torch.ones(1)).dtype)
+            return [self.members[i](x * f) for f in (1.0, 2.0) for i in (0, 0)] + [m(x) for m in self.members]
+
+    model = Twice()
+    assert shared_inputs(model) == [("members.1", "members.2")]
+    adapters = toy_adapters(model, [[2, 3, 1]])
+    exact = merged(model, adapters, [0.8])(torch.zeros(1, 1))
+    mix = AdapterBank(adapters).install(model)  # type: ignore[arg-type]
+    with mix.rows(torch.tensor([[0.8]])):
+        for part, whole in zip(model(torch.zeros(1, 1)), exact, strict=True):
+            torch.testing.assert_close(part.double(), whole.double(), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_member_alone_follows_the_rows_that_are_open() -> None:
+    with torch.inference_mode(False):
+        model = Toy()
+        adapters = toy_adapters(model, [[2, 0, 1]])
+    x_BTi, exact = torch.randn(1, 2, 6), [merged(model, adapters, [c]) for c in (0.5, -2.0)]
+    mix = AdapterBank(adapters).install(model)  # type: ignore[arg-type]
+    for c, whole in zip((0.5, -2.0), exact, strict=True):
+        with mix.rows(torch.tensor([[c]])):
+            got = model.members[0](x_BTi)
+        torch.testing.assert_close(got.double(), whole.members[0](x_BTi.double()), rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
