@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_UNFINISHED = "�"
-"""What decoding shows in place of a character of which only some bytes are there yet."""
 
 
 def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:
@@ -42,17 +39,3 @@ class Chat:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special ones."""
         return str(self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True))
-
-    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """The same text, piece by piece as tokens come; a piece never ends within a character."""
-        seen: list[int] = []
-        shown = ""
-        for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith(_UNFINISHED) and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
-        rest = self.decode(seen)[len(shown) :]
-        if rest:
-            yield rest

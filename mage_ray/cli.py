@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--method", default="mage-i-m", help="a decoding method (default: %(default)s)")
     generate.add_argument("--strength", type=float, help="of the guidance (default: the study's)")
     generate.add_argument("--candidates", type=int, help="tokens that the guide ranks (default: the study's)")
+    generate.add_argument("--every", type=int, default=1, help="guide the first of every so many tokens")
+    generate.add_argument("--entropy", type=float, default=0.0, help="guide where the base is that uncertain, in nats")
+    generate.add_argument("--speculate", type=int, default=0, help="let the base propose so many tokens at a time")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     generate.add_argument("--max-new-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.7)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -99,7 +103,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from mage_ray.decoding.plan import METHODS
+    from mage_ray.decoding.plan import METHODS, Cadence
     from mage_ray.decoding.request import Sampling
     from mage_ray.preference import parse_preference
     from mage_ray.study import StudyFolder
@@ -108,7 +112,9 @@ def _generate(options: argparse.Namespace) -> None:
     preference = parse_preference(options.preference, StudyFolder(options.study).study.objective_names)
     if options.method not in METHODS:
         raise FieldError("method", options.method, f"one of {', '.join(METHODS)}")
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    stop = tuple(options.stop)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, stop)
+    cadence = Cadence(options.every, options.entropy, options.speculate)
 
     from mage_ray.generator import Generator
 
@@ -120,6 +126,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.method,
         strength=options.strength,
         candidates=options.candidates,
+        cadence=None if cadence.always else cadence,
         sampling=sampling,
     ):
         print(piece, end="", flush=True)

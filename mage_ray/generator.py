@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mage_ray.chat import Chat
 from mage_ray.decoding.engine import Engine
-from mage_ray.decoding.plan import Backbones, Plan, Row, Setup, plan_for
-from mage_ray.decoding.request import FinishReason, Generation, Request, Sampling
+from mage_ray.decoding.plan import Backbones, Cadence, Plan, Row, Setup, plan_for
+from mage_ray.decoding.request import Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
-from mage_ray.errors import UserError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.merging.adapter import Adapter, load_adapter
 from mage_ray.merging.bank import AdapterBank
 from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
@@ -20,16 +20,6 @@ from mage_ray.preference import check_preference, named_preference
 from mage_ray.study import Study, StudyFolder
 
 Weights = Mapping[str, float] | Sequence[float]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. ``logprobs`` are of the guided distribution at temperature 1, one for each of ``ids``."""
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: FinishReason
 
 
 class Generator:
@@ -58,7 +48,7 @@ class Generator:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         runner = RowRunner(model, AdapterBank(adapters), rows, min(length, limit or length))
         self.chat = Chat(tokenizer, model, study.system)
-        self.engine = Engine(runner, self.chat.stop)
+        self.engine = Engine(runner, self.chat.stop, self.chat.decode)
         self.setup = bank_setup(study, list(experts))
 
     @classmethod
@@ -72,17 +62,24 @@ class Generator:
         return cls(study, load_experts(place, study), rows=rows, length=length, device=device)
 
     def plan(
-        self, preference: Weights, method: str, strength: float | None = None, candidates: int | None = None
+        self,
+        preference: Weights,
+        method: str,
+        *,
+        strength: float | None = None,
+        candidates: int | None = None,
+        cadence: Cadence | None = None,
+        valued: bool = False,
     ) -> Plan:
-        """The plan of a method at a preference, given by name or in the objectives' order. Raises FieldError."""
+        """The plan of a method at a preference, given by name or in the objectives' order.
+
+        What isn't given is the study's; ``valued`` reports the guide's scores. Raises FieldError.
+        """
         names = self.study.objective_names
         named = isinstance(preference, Mapping)
         mu = named_preference(preference, names) if named else check_preference(preference, names)  # type: ignore[arg-type]
-        setup = self.setup
-        if strength is not None:
-            setup = replace(setup, strength=strength)
-        if candidates is not None:
-            setup = replace(setup, candidates=candidates)
+        given = {"strength": strength, "candidates": candidates, "cadence": cadence}
+        setup = replace(self.setup, valued=valued, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         return plan_for(method, mu, setup)
 
     def request(
@@ -91,30 +88,31 @@ class Generator:
         preference: Weights,
         method: str = "mage-i-m",
         *,
-        strength: float | None = None,
-        candidates: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        **options: Any,
     ) -> Request:
-        """A prompt as one request for ``run``. Raises FieldError."""
-        return Request(self.chat.encode(prompt), self.plan(preference, method, strength, candidates), sampling)
+        """A prompt as one request for ``run``. Options as of ``plan``. Raises FieldError."""
+        return Request(self.chat.encode(prompt), self.plan(preference, method, **options), sampling)
 
     def generate(
         self, prompts: Sequence[str], preference: Weights, method: str = "mage-i-m", **options: Any
-    ) -> list[Completion]:
+    ) -> list[Generation]:
         """One answer to each prompt, all in one batch. Options as of ``request``. Raises FieldError."""
         return self.run([self.request(prompt, preference, method, **options) for prompt in prompts])
 
     def stream(self, prompt: str, preference: Weights, method: str = "mage-i-m", **options: Any) -> Iterator[str]:
         """The answer to one prompt, piece by piece. Options as of ``request``. Raises FieldError."""
         request = self.request(prompt, preference, method, **options)
-        return self.chat.pieces(token.id for token in self.engine.stream(request))
+        return (token.text for token in self.engine.stream(request) if token.text)
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Requests of any plans, in one continuous batch."""
-        return [self.completion(generation) for generation in self.engine.generate(requests)]
-
-    def completion(self, generation: Generation) -> Completion:
-        return Completion(self.chat.decode(generation.ids), generation.ids, generation.logprobs, generation.finished)
+    def run(self, requests: Sequence[Request]) -> list[Generation]:
+        """Requests of any plans, in one continuous batch. Raises FieldError, before anything runs, for a bad one."""
+        for index, request in enumerate(requests):
+            try:
+                self.engine.check(request)
+            except FieldError as error:
+                raise FieldError(f"requests.{index}.{error.field}", error.value, error.allowed) from None
+        return [generation.require() for generation in self.engine.generate(requests)]
 
     def reference_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """The reference model's log-probability of every answer token, for (prompt, answer) token sequences."""
@@ -146,6 +144,7 @@ def bank_setup(study: Study, sets: Sequence[str]) -> Setup:
         strength=study.guidance.strength,
         candidates=study.guidance.candidates,
         extrapolation=tuple(study.extrapolation()),
+        cadence=study.guidance.cadence,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mage_ray.decoding.plan import METHODS
+from mage_ray.decoding.plan import METHODS, Cadence
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import write_atomic
 from mage_ray.merging.coefficients import check_mix, circulant_mix
@@ -124,6 +124,21 @@ class GuidanceSpec(_Part):
     """The guide re-ranks this many of the base's most likely tokens."""
     extrapolation: float | dict[str, float] = 0.5
     """alpha of the extrapolated soup, or one for each objective's corner."""
+    every: Positive = 1
+    """The guide runs at the first of every that many tokens."""
+    entropy: float = Field(default=0.0, ge=0)
+    """The guide runs where the base's entropy is at least that, in nats."""
+    speculate: int = Field(default=0, ge=0)
+    """The base proposes that many tokens, which the guide checks in one forward."""
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(self.every, self.entropy, self.speculate)
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> GuidanceSpec:
+        _ = self.cadence
+        return self
 
 
 class EvaluationSpec(SamplingSpec):

@@ -108,12 +108,8 @@ class Generation:
             error=last.error,
         )
 
-    def require(self, field: str) -> Generation:
-        """This generation; raises its error, with ``field`` in front, when it has one."""
+    def require(self) -> Generation:
+        """This generation. Raises its error when it has one."""
         if self.error is not None:
-            raise _named(self.error, field)
+            raise self.error
         return self
-
-
-def _named(error: UserError, field: str) -> UserError:
-    return FieldError(f"{field}.{error.field}", error.value, error.allowed) if isinstance(error, FieldError) else error

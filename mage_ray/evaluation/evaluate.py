@@ -17,7 +17,7 @@ from mage_ray.decoding.plan import Plan, plan_for
 from mage_ray.decoding.request import Generation, Request, Sampling, Token
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path
-from mage_ray.generator import Completion, Generator, bank_setup, load_experts
+from mage_ray.generator import Generator, bank_setup, load_experts
 from mage_ray.merging.adapter import WEIGHTS_FILE
 from mage_ray.objectives import Normaliser
 from mage_ray.preference import Preference
@@ -133,7 +133,7 @@ def _evaluate_shards(study: Study, folder: Path, shards: Sequence[Sequence[Cell]
             tokens[index].append(token)
             if token.finished:
                 yield 1
-        answers = [generator.completion(Generation.of(drawn)) for drawn in tokens]
+        answers = [Generation.of(drawn).require() for drawn in tokens]
         scores = generator.reference_logprobs([(r.prompt, a.ids) for r, a in zip(requests, answers, strict=True)])
         for i, cell in enumerate(todo):
             own = slice(i, None, len(todo))
@@ -144,7 +144,7 @@ def _evaluate_shards(study: Study, folder: Path, shards: Sequence[Sequence[Cell]
 def _write_cell(
     cell: Cell,
     draws: Sequence[tuple[Prompt, int]],
-    answers: Sequence[Completion],
+    answers: Sequence[Generation],
     reference_logprobs: Sequence[Sequence[float]],
     raw_NM: np.ndarray,
     normaliser: Normaliser,

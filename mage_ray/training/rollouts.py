@@ -163,7 +163,7 @@ def _sample_shards(
     scorers = load_objectives(study)
     encoded = {prompt.id: chat.encode(prompt.text) for _, prompts in shards for prompt in prompts}
     length = max(map(len, encoded.values())) + spec.max_new_tokens
-    engine = Engine(RowRunner(model, bank, spec.batch_rows, length), chat.stop)
+    engine = Engine(RowRunner(model, bank, spec.batch_rows, length), chat.stop, chat.decode)
     for path, prompts in shards:
         if path.exists():
             continue
@@ -183,8 +183,8 @@ def _sample_shards(
             tokens[index].append(token)
             if token.finished:
                 yield 1
-        answers = [Generation.of(drawn) for drawn in tokens]
-        texts = [chat.decode(answer.ids) for answer in answers]
+        answers = [Generation.of(drawn).require() for drawn in tokens]
+        texts = [answer.text for answer in answers]
         raw_NM = score_all(scorers, [prompt.text for prompt, _ in cells], texts)
         frame = pd.DataFrame(
             {
