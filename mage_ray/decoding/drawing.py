@@ -45,12 +45,13 @@ class Drawer:
 
     def __init__(self) -> None:
         self._asked: list[Draw] = []
+        self._height = 0
         self._groups: list[_Group] = []
 
     def draw(self, asked: list[Draw], logits_RV: torch.Tensor, uniforms: Sequence[float]) -> list[Drawn]:
         """One token for each, by its uniform number in [0, 1)."""
-        if asked != self._asked:
-            self._asked, self._groups = asked, _grouped(asked, logits_RV)
+        if asked != self._asked or len(logits_RV) != self._height:
+            self._asked, self._height, self._groups = asked, len(logits_RV), _grouped(asked, logits_RV)
         drawn: list[Drawn] = [Drawn(0, 0.0)] * len(asked)
         for group in self._groups:
             logprobs_QC, ids_QC = guided_logprobs(logits_RV, group.how)

@@ -39,8 +39,8 @@ class LiveRow:
 
     @property
     def ahead(self) -> Sequence[int]:
-        """What the slot holds, or will hold once its goal is computed."""
-        return self.tokens if len(self.tokens) >= len(self.goal) else self.goal
+        """What the slot holds, or will hold once its prefill is done; a row that waits for its turns stays there."""
+        return self.tokens if len(self.tokens) >= len(self.goal) - 1 else self.goal[:-1]
 
 
 @dataclass(frozen=True)
