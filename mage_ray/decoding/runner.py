@@ -181,8 +181,8 @@ class RowRunner:
 
     @torch.inference_mode()
     def end(self, row: LiveRow, wipe: bool = False) -> None:
-        """Free a row's slot. What it holds is kept for later rows, or, with ``wipe``, wiped out."""
-        if wipe:
+        """Free a row's slot. What it holds is kept for later rows; with ``wipe``, or where not finite, wiped out."""
+        if wipe or not self._slots.finite(row.place, len(row.tokens)):
             self._slots.wipe(row.place)
         elif row.exact and row.tokens:
             self._kept.add(row.row, row.tokens, lambda: self._slots.read(row.place, len(row.tokens)))
@@ -276,7 +276,7 @@ class RowRunner:
             place_B,
             input_BT,
             torch.where(real_BT, position_BT, 0),
-            torch.where(real_BT, position_BT, visible),
+            torch.where(real_BT, position_BT, self._slots.padding(visible)),
         )
 
     def _run(

@@ -46,6 +46,8 @@ class _SlotLayer(CacheLayerMixin):
         w = self._window
         more = w.capacity - self.keys.shape[1]
         if more > 0:
+            # The place of padding comes within sight, and what is there need not be finite.
+            self.keys[:, -1] = self.values[:, -1] = 0
             self.keys = pad(self.keys, (0, 0, 0, 0, 0, more))
             self.values = pad(self.values, (0, 0, 0, 0, 0, more))
         self.keys.flatten(0, 1).index_copy_(0, w.write_N, key_states.transpose(1, 2).flatten(0, 1))
@@ -81,14 +83,17 @@ class KVSlots(Cache):
 
     @staticmethod
     def capacity(visible: int) -> int:
-        """Positions that a slot of ``visible`` ones takes: one more, where padding is written, rounded up."""
+        """Positions that a slot of ``visible`` ones takes: one more for padding, rounded up."""
         return -(-(visible + 1) // _GROWTH) * _GROWTH
+
+    def padding(self, visible: int) -> int:
+        """The position to which a forward that looks at ``visible`` ones writes its padding: the last of each slot."""
+        return max(self._window.capacity, self.capacity(visible)) - 1
 
     def open(self, slots: slice | torch.Tensor, first_B: torch.Tensor, written_BT: torch.Tensor, visible: int) -> None:
         """Aim the next forward at ``slots``, numbered ``first_B``: it writes to ``written_BT``, looks at ``visible``.
 
-        Padding is written to position ``visible`` or behind, past all that anybody looks at; a longer row that comes
-        to need that place writes over it first.
+        Padding is written to ``padding(visible)``, which nobody looks at.
         """
         w = self._window
         w.slots, w.visible = slots, visible
@@ -108,6 +113,11 @@ class KVSlots(Cache):
         longest = max(lengths)
         for tensor in self._tensors():
             tensor[[one, other], :longest] = tensor[[other, one], :longest]
+
+    def finite(self, slot: int, length: int) -> bool:
+        """Whether the first ``length`` positions of a slot hold finite numbers alone."""
+        sums = [tensor[slot, :length].sum(dtype=torch.float32) for tensor in self._tensors()]
+        return not sums or bool(torch.stack(sums).isfinite().all())
 
     def wipe(self, slot: int) -> None:
         """Zero a slot. What isn't finite would reach later rows even from behind a mask."""
