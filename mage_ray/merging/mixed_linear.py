@@ -34,8 +34,10 @@ class RowMix:
         self.pending: dict[SharedInput, Parts] = {}
         self._coefficients_BK: torch.Tensor | None = None
         self._diagonals: dict[tuple[Layout, torch.Size], torch.Tensor] = {}
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end, always_call=True)
+        # A prefill runs the body alone, without the head.
+        for module in {model, getattr(model, "base_model", model)}:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end, always_call=True)
 
     @contextmanager
     def rows(self, coefficients_BK: torch.Tensor) -> Iterator[None]:
