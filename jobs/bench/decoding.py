@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     write(options.out, results)
-    if "arms" in results:
+    if results.get("arms"):
         show_arms(results["arms"])
     if "bars" in results:
         show_bars(results)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arms import Arm, ours
-from setting import CANDIDATES, PREFERENCES, STRENGTH, Prompts, guided, random_experts, unguided
+from setting import CANDIDATES, PREFERENCES, STRENGTH, BenchError, Prompts, guided, random_experts, unguided
 from timing import Timing, time_rounds
 from transformers import PreTrainedModel
 
@@ -26,7 +28,9 @@ EXPERTS = (1, 2, 4, 8, 16)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 CONTEXT_BATCHES = (1, 4)
 _WINDOW = 16
-"""Tokens in each timed window of the context curve."""
+"""Steps in each timed window of the context curve."""
+_CHUNK = 2048
+"""Prompt tokens that are computed between two steps, in the context curve."""
 
 Say = Callable[[str], None]
 
@@ -60,7 +64,7 @@ def plot(curves: dict[str, Any], path: Path) -> None:
     panels = (
         ("batch", "batch", "requests"),
         ("experts", "experts", "experts in the bank"),
-        ("context", "tokens", "context"),
+        ("context", "tokens", "tokens of context"),
     )
     for axis, (curve, over, label) in zip(axes, panels, strict=True):
         points = curves[curve]
@@ -69,8 +73,9 @@ def plot(curves: dict[str, Any], path: Path) -> None:
             name = kind[0] if kind[1] is None else f"{kind[0]}, batch {kind[1]}"
             axis.plot([p[over] for p in mine], [p["tokens_per_s_median"] for p in mine], marker="o", label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([p[over] for p in points], [str(p[over]) for p in points])
-        axis.set_ylim(bottom=0)
+        ticks = sorted({p[over] for p in points})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_ylim(0, 1.1 * max(p["tokens_per_s_median"] for p in points))
         axis.set_xlabel(label)
         axis.set_ylabel("tokens per second")
         axis.legend()
@@ -79,17 +84,17 @@ def plot(curves: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _engine(model: PreTrainedModel, experts: int, rows: int, length: int) -> Engine:
+def _runner(model: PreTrainedModel, experts: int, rows: int, length: int) -> RowRunner:
     own = copy.deepcopy(model)
-    bank = AdapterBank(random_experts(own, experts))
-    return Engine(RowRunner(own, bank, rows=rows, length=length), stop=[])
+    return RowRunner(own, AdapterBank(random_experts(own, experts)), rows=rows, length=length)
 
 
 def _over_batch(
     model: PreTrainedModel, prompts: Prompts, rounds: int, prompt_tokens: int, new_tokens: int, say: Say
 ) -> list[dict[str, Any]]:
     base, steered = unguided(PREFERENCES[0]), guided(PREFERENCES[0])
-    engine = _engine(model, 3, max(BATCHES) * len(steered.rows), prompt_tokens + new_tokens)
+    runner = _runner(model, 3, max(BATCHES) * len(steered.rows), prompt_tokens + new_tokens)
+    engine = Engine(runner, stop=[])
     arms = [
         ours(kind, engine, [plan] * batch, new_tokens)
         for batch in BATCHES
@@ -105,7 +110,7 @@ def _over_experts(
     arms: list[Arm] = []
     for count in EXPERTS:
         plan = _dense_plan(count)
-        engine = _engine(model, count, 8 * len(plan.rows), prompt_tokens + new_tokens)
+        engine = Engine(_runner(model, count, 8 * len(plan.rows), prompt_tokens + new_tokens), stop=[])
         arms.append(ours(f"guided, {count} experts", engine, [plan] * 8, new_tokens))
     timings = time_rounds(arms, rounds, prompts, prompt_tokens, new_tokens, None, say)
     return [{"kind": "guided", "experts": n, **_point(t)} for n, t in zip(EXPERTS, timings, strict=True)]
@@ -121,47 +126,56 @@ def _dense_plan(experts: int) -> Plan:
 def _over_context(
     model: PreTrainedModel, prompts: Prompts, rounds: int, contexts: Sequence[int], say: Say
 ) -> list[dict[str, Any]]:
-    """Steps alone, without the prompt's own computation: the last ``rounds`` windows of tokens before each length.
+    """Steps alone, with all requests at it: ``rounds`` windows of steps, the last ones before each length.
 
     Each point runs once, since a long prompt takes far longer than its steps; its windows follow one another.
     """
     plans = {"unguided": unguided(PREFERENCES[0]), "guided": guided(PREFERENCES[0])}
-    engine = _engine(model, 3, max(CONTEXT_BATCHES) * 3, max(contexts))
+    rows = max(CONTEXT_BATCHES) * len(plans["guided"].rows)
+    engine = Engine(_runner(model, 3, rows, max(contexts)), stop=[], chunk=_CHUNK)
     points = []
     for kind, plan in plans.items():
         for batch in CONTEXT_BATCHES:
             for length in contexts:
-                new = rounds * _WINDOW + 1
-                asked = [
-                    Request(prompt, plan, Sampling(new, temperature=0.0))
-                    for prompt in prompts.take(batch, length - new)
-                ]
-                stamps = _stamps(engine, asked)
-                steps = [stamps[(i + 1) * _WINDOW] - stamps[i * _WINDOW] for i in range(rounds)]
-                points.append(
-                    {
-                        "kind": kind,
-                        "batch": batch,
-                        "tokens": length,
-                        "tokens_per_s_best": batch * _WINDOW / min(steps),
-                        "tokens_per_s_median": batch * _WINDOW / statistics.median(steps),
-                        "windows": rounds,
-                        "prompt_seconds": stamps[0],
-                    }
-                )
-                say(f"{kind}, batch {batch}, {length} tokens: {points[-1]['tokens_per_s_median']:.1f} tokens/s")
+                # The first request goes ahead by a token for each chunk of the others' prompts.
+                ahead = 4 + 2 * math.ceil(batch * len(plan.rows) * length / _CHUNK)
+                new = rounds * _WINDOW + 1 + ahead
+                sampling = Sampling(new, temperature=0.0)
+                asked = [Request(prompt, plan, sampling) for prompt in prompts.take(batch, length - new)]
+                stamps = _stamps(engine, asked, rounds * _WINDOW + 1)
+                windows = [stamps[(i + 1) * _WINDOW] - stamps[i * _WINDOW] for i in range(rounds)]
+                point = {
+                    "kind": kind,
+                    "batch": batch,
+                    "tokens": length,
+                    "tokens_per_s_best": batch * _WINDOW / min(windows),
+                    "tokens_per_s_median": batch * _WINDOW / statistics.median(windows),
+                    "windows": rounds,
+                    "prompt_seconds": stamps[0],
+                }
+                points.append(point)
+                say(f"{kind}, batch {batch}, {length} tokens: {point['tokens_per_s_median']:.1f} tokens/s")
     return points
 
 
-def _stamps(engine: Engine, requests: Sequence[Request]) -> list[float]:
-    """Seconds from the start until each step's last token is out."""
+def _stamps(engine: Engine, requests: Sequence[Request], steps: int) -> list[float]:
+    """Seconds from the start until each of ``steps`` steps that all requests take together is done.
+
+    Raises BenchError when one ends before.
+    """
     start = time.perf_counter()
     made = [0] * len(requests)
     stamps: list[float] = []
-    for index, _ in engine.events(requests):
-        made[index] += 1
-        if min(made) > len(stamps):
-            stamps.append(time.perf_counter() - start)
+    with closing(engine.events(requests)) as events:
+        for index, token in events:
+            made[index] += 1
+            # From the last request's first token on, each gets one a step.
+            if min(made) > len(stamps):
+                stamps.append(time.perf_counter() - start)
+            if len(stamps) == steps:
+                break
+            if token.finished is not None:
+                raise BenchError(f"growth over context: request {index} of {len(requests)} ended ahead of the others")
     return stamps
 
 

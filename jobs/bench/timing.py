@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,19 +91,9 @@ def first_tokens(engine: Engine, prompts: Prompts, prompt_tokens: int, samples: 
             preference = PREFERENCES[0] if kind == "seen" else tuple(dice.dirichlet(np.ones(3)).tolist())
             [prompt] = prompts.take(1, prompt_tokens)
             began = time.perf_counter()
-            stream = engine.stream(Request(prompt, guided(preference), Sampling(8, temperature=0.0)))
-            next(iter(stream))
-            seconds = time.perf_counter() - began
-            _close(stream)
+            with closing(engine.stream(Request(prompt, guided(preference), Sampling(8, temperature=0.0)))) as stream:
+                next(stream)
+                seconds = time.perf_counter() - began
             if i >= 0:
                 passed[kind].append(seconds)
     return passed
-
-
-def _close(stream: Iterable[object]) -> None:
-    close = getattr(stream, "close", None)
-    if close is not None:
-        close()
-    else:
-        for _ in stream:
-            pass
