@@ -58,8 +58,8 @@ class Engine:
 
         Raises FieldError for a request that can't run here, Busy when the queue is full.
         """
-        if self._limit is not None and len(self._scheduler.waiting) >= self._limit:
-            raise Busy(f"queue: got {len(self._scheduler.waiting)} waiting requests, allowed: at most {self._limit}")
+        if self._limit is not None and (queue := self._scheduler.queue(len(request.plan.rows))) > self._limit:
+            raise Busy(f"queue: got {queue} waiting requests, allowed: at most {self._limit}")
         stream = Stream(self.cancel, self.change)
         stream.running = self._add(request, stream.emit)
         self._driver.wake()

@@ -37,11 +37,6 @@ class LiveRow:
     exact: bool = True
     """Whether its own coefficients made all that it holds."""
 
-    @property
-    def ahead(self) -> Sequence[int]:
-        """What the slot holds, or will hold once its prefill is done; a row that waits for its turns stays there."""
-        return self.tokens if len(self.tokens) >= len(self.goal) - 1 else self.goal[:-1]
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -139,26 +134,26 @@ class RowRunner:
         started = LiveRow(row, self.live, goal)
         self._coefficients_RK[started.place] = torch.tensor(row.coefficients, dtype=self.model.dtype)
         self._live.append(started)
-        source = max(self.siblings(started), key=lambda s: common_length(s.tokens, goal), default=None)
-        if source is not None:
-            self.share(source, started)
+        self.catch_up(started)
         kept = self._kept.find(row, goal[:-1])
         if kept is not None and kept.common > len(started.tokens):
             self._slots.write(started.place, kept.parts, kept.common)
             started.tokens = list(goal[: kept.common])
         return started
 
-    def siblings(self, row: LiveRow) -> list[LiveRow]:
-        """The other live rows with equal coefficients that may serve this one."""
-        return [other for other in self._live if other is not row and other.exact and other.row == row.row]
-
     @torch.inference_mode()
-    def share(self, source: LiveRow, target: LiveRow) -> None:
-        """Copy into ``target`` what ``source`` has computed of the target's goal, all but its last token at most."""
-        common = min(common_length(source.tokens, target.goal), len(target.goal) - 1)
-        if common > len(target.tokens):
-            self._slots.copy(source.place, target.place, common)
-            target.tokens = list(target.goal[:common])
+    def catch_up(self, row: LiveRow) -> None:
+        """Copy into a row what the live rows of equal coefficients hold of its goal, all but the last token at most."""
+        wanted = row.goal[:-1]
+        others = [other for other in self._live if other is not row and other.exact and other.row == row.row]
+        common, source = max(
+            ((common_length(other.tokens, wanted), other) for other in others),
+            key=lambda pair: pair[0],
+            default=(0, row),
+        )
+        if common > len(row.tokens):
+            self._slots.copy(source.place, row.place, common)
+            row.tokens = list(wanted[:common])
 
     @torch.inference_mode()
     def adopt(self, row: LiveRow, other: Row) -> None:

@@ -7,8 +7,9 @@ brought in and rows that guidance left out for a while are all the same thing he
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +96,12 @@ class Scheduler:
             for row in joining.plan.rows:
                 joining.rows.append(self._runner.start(row, goal))
 
+    def queue(self, rows: int) -> int:
+        """How many requests would wait for slots, one more of so many rows included."""
+        sizes = [len(running.plan.rows) for running in list(self.waiting)]
+        taken = itertools.accumulate([*sizes, rows])
+        return sum(count > self._runner.free for count in taken)
+
     def remove(self, running: Running, wipe: bool = False) -> None:
         """A request that has ended goes, wherever it is."""
         running.ended = True
@@ -116,7 +123,7 @@ class Scheduler:
         running.rows, running.proposals = [], []
 
     def prefill(self) -> None:
-        """Compute one chunk of what rows lack."""
+        """Compute one chunk of what rows lack, and nothing twice."""
         lagging = [(running, self._lagging(running)) for running in self.running if not running.ready]
         lagging = [(running, rows) for running, rows in lagging if rows]
         if not lagging:
@@ -126,38 +133,31 @@ class Scheduler:
         if not self._oldest_next:
             lagging.sort(key=lambda pair: sum(map(pair[0].lag, pair[1])))
         self._oldest_next = not self._oldest_next
-        rows: list[LiveRow] = []
-        tokens: list[list[int]] = []
+        chunk: dict[LiveRow, list[int]] = {}
         width = 0
         for running, own in lagging:
-            if not rows:
+            if not chunk:
                 width = max(1, min(max(map(running.lag, own)), budget // len(own)))
             for row in own:
-                if rows and (len(rows) + 1) * width > budget:
+                if chunk and (len(chunk) + 1) * width > budget:
                     break
+                # Only this chunk is worth waiting for: a row further on may not have its turn for long.
+                if any(_serves(other, fed, row) for other, fed in chunk.items()):
+                    continue
                 done = len(row.tokens)
-                rows.append(row)
-                tokens.append(running.history[done : done + min(width, running.lag(row))])
-        self._runner.feed(rows, tokens, keep=0)
+                chunk[row] = running.history[done : done + min(width, running.lag(row))]
+        self._runner.feed(list(chunk), list(chunk.values()), keep=0)
 
     def _lagging(self, running: Running) -> list[LiveRow]:
-        """The rows of a request that a forward has to bring on now: not those that another row is computing for."""
-        behind = [row for row in running.rows if running.lag(row) > 0]
-        return [row for row in behind if not self._served_by_another(running, row)]
-
-    def _served_by_another(self, running: Running, row: LiveRow) -> bool:
-        """Take what a row of equal coefficients has in common with this one; whether more of it is on its way."""
-        leader = max(self._runner.siblings(row), key=lambda other: _sharable(other, row), default=None)
-        if leader is None or _sharable(leader, row) <= len(row.tokens):
-            return False
-        self._runner.share(leader, row)
-        if running.lag(row) <= 0:
-            return True
-        ahead = _sharable(leader, row) > len(row.tokens)
-        # Of two rows that could serve each other, the one that has come further, then the one in the lower slot, leads.
-        return ahead and (len(leader.tokens), -leader.place) > (len(row.tokens), -row.place)
+        """The rows of a request that still lag after they took what rows of equal coefficients have."""
+        for row in running.rows:
+            if running.lag(row) > 0:
+                self._runner.catch_up(row)
+        return [row for row in running.rows if running.lag(row) > 0]
 
 
-def _sharable(source: LiveRow, target: LiveRow) -> int:
-    """How many tokens of the target's goal, short of the last, the source has or will have."""
-    return min(common_length(source.ahead, target.goal), len(target.goal) - 1)
+def _serves(other: LiveRow, fed: Sequence[int], row: LiveRow) -> bool:
+    """Whether a row that is fed this will hold more of what ``row`` was started for than ``row`` itself does."""
+    if not other.exact or other.row != row.row:
+        return False
+    return common_length([*other.tokens, *fed], row.goal[:-1]) > len(row.tokens)
