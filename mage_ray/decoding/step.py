@@ -140,7 +140,10 @@ class Step:
             finished = "stop"
         elif finished is None and r.room == 0:
             finished = "length"
-        text += r.rest() if finished is not None else ""
+        if finished is not None:
+            text += r.rest()
+            if r.text is not None and r.text.stopped:
+                finished = "stop"
         return Token(drawn.token, drawn.logprob, finished, text, guided, drawn.value)
 
 

@@ -29,10 +29,12 @@ class TextStream:
         return self._released(self._new())
 
     def end(self) -> str:
-        """What was held back, when no more tokens will come."""
-        rest = self._held + self._new(whole=True)
-        self._held = ""
-        return "" if self.stopped else rest
+        """What was held back, when no more tokens will come; a stop string may be in it."""
+        if self.stopped:
+            return ""
+        text = self._released(self._new(whole=True))
+        rest, self._held = self._held, ""
+        return text + rest
 
     def _new(self, whole: bool = False) -> str:
         before = self._decode(self._ids[self._context : self._shown])
