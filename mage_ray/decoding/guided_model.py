@@ -28,7 +28,8 @@ from mage_ray.merging.bank import AdapterBank
 class GuidedModel:
     """A model with experts built in, whose ``generate`` takes a plan and else does as ``model.generate``.
 
-    ``rows`` rows of the plans run at once, each of up to ``length`` tokens, prompt and answer; more wait their turn.
+    ``rows`` rows of the plans run at once, each of up to ``length`` tokens (or as many as the model can hold), prompt
+    and answer; more wait their turn.
     The model is this object's from here on (AdapterBank.install); a plan with coefficients of 0 is what it was. Raises
     FieldError as RowRunner does. One call runs at a time; others, from other threads, wait.
     """
@@ -37,7 +38,8 @@ class GuidedModel:
         self, model: PreTrainedModel, experts: Sequence[Adapter] = (), *, rows: int = 32, length: int = 1024
     ) -> None:
         self.model = model
-        self._runner = RowRunner(model, AdapterBank(experts), rows, length)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._runner = RowRunner(model, AdapterBank(experts), rows, min(length, limit or length))
         self._lock = threading.Lock()
 
     def generate(
@@ -136,7 +138,7 @@ class GuidedModel:
             answer.require()
             if answer.finished == "vetoed":
                 raise FieldError(
-                    f"prompt {i}: plan", "rows that veto every candidate", "rows that leave some token possible"
+                    f"prompts.{i}.plan", "rows that veto every candidate", "rows that leave some token possible"
                 )
         return [answer.ids for answer in answers]
 
@@ -145,7 +147,7 @@ _ARGUMENTS = [name for name in inspect.signature(GuidedModel.generate).parameter
 
 
 def _of_prompt(i: int, error: FieldError) -> FieldError:
-    return FieldError(f"prompt {i}: {error.field}", error.value, error.allowed)
+    return FieldError(f"prompts.{i}.{error.field}", error.value, error.allowed)
 
 
 def _token_ids(given: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -168,6 +170,6 @@ def _unpadded(input_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[tuple[int, 
     prompts = []
     for i, (ids, seen) in enumerate(zip(input_BT.tolist(), mask_BT.bool().tolist(), strict=True)):
         if seen != sorted(seen):
-            raise FieldError(f"prompt {i}: attention_mask", "a 0 behind a 1", "left padding: 0s, then 1s")
+            raise FieldError(f"prompts.{i}.attention_mask", "a 0 behind a 1", "left padding: 0s, then 1s")
         prompts.append(tuple(token for token, own in zip(ids, seen, strict=True) if own))
     return prompts

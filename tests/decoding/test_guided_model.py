@@ -231,17 +231,17 @@ def test_calls_from_several_threads_wait_for_each_other(model: GuidedModel) -> N
         ({"num_beams": 4}, r"num_beams: got 4, allowed: no such argument; there are input_ids, attention_mask, plan"),
         ({"top_k": 50}, "top_k"),
         ({"plan": [SOUP] * 3}, "plan: got 3 plans, allowed: one, or one for each of 4"),
-        ({"plan": Plan.of([((1.0,), 1.0)])}, "prompt 0: coefficients"),
-        ({"max_new_tokens": 100}, "prompt 3: prompt: got 40 tokens and 100 new ones, allowed: at most 128"),
+        ({"plan": Plan.of([((1.0,), 1.0)])}, r"prompts\.0\.coefficients"),
+        ({"max_new_tokens": 100}, r"prompts\.3\.prompt: got 40 tokens and 100 new ones, allowed: at most 128"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "seed": -1}, "seed"),
         ({"input_ids": torch.tensor([1, 2])}, "input_ids"),
-        ({"input_ids": torch.full((4, 40), 400)}, "prompt 0: prompt: got unknown tokens"),
+        ({"input_ids": torch.full((4, 40), 400)}, r"prompts\.0\.prompt: got unknown tokens"),
         ({"attention_mask": torch.ones(4, 3)}, "attention_mask"),
-        ({"attention_mask": torch.zeros(4, 40)}, "prompt 0: prompt: got no tokens"),
+        ({"attention_mask": torch.zeros(4, 40)}, r"prompts\.0\.prompt: got no tokens"),
         ({"attention_mask": torch.ones(4, 40).index_fill(1, torch.tensor([39]), 0)}, "left padding"),
         ({"streamer": TextStreamer(TOKENIZER)}, "streamer: got 4 prompts"),
     ],
@@ -253,6 +253,6 @@ def test_what_cannot_be_done_is_refused_by_name(model: GuidedModel, change: dict
 
 def test_a_plan_that_breaks_down_is_an_error(model: GuidedModel) -> None:
     broken = Plan.of([((1e30, 0.0, 0.0, 0.0), 1.0)])
-    with pytest.raises(FieldError, match="prompt 1: plan: got logits that are not finite"):
+    with pytest.raises(FieldError, match=r"prompts\.1\.plan: got logits that are not finite"):
         model.generate(**batch(["abc", "abd"]), plan=[SOUP, broken])
     assert model.generate(**batch(["abc"]), plan=SOUP, max_new_tokens=3).shape == (1, 6)
