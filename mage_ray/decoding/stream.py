@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 
 from mage_ray.decoding.plan import Plan
@@ -29,7 +30,7 @@ class Stream:
 
     def emit(self, token: Token) -> None:
         """Hand over a token, from any thread."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, token)
 
     def cancel(self) -> None:
@@ -70,27 +71,31 @@ class Stream:
 
 
 class Driver:
-    """Calls ``step`` in a thread of its own for as long as that says there is more to do."""
+    """Calls ``step`` for as long as that says there is more to do: a task in each event loop that asked for it.
+
+    A loop may end while others wait for their tokens, so none drives for another. The steps run in threads.
+    """
 
     def __init__(self, step: Callable[[], bool]) -> None:
         self._step = step
-        self._task: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._woken = False
+        self._tasks: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        self._woken: set[asyncio.AbstractEventLoop] = set()
 
     def wake(self) -> None:
         """There is work. Called from within an event loop."""
-        self._woken = True
         loop = asyncio.get_running_loop()
-        if self._task is None or self._task.done() or (self._loop is not None and self._loop.is_closed()):
-            self._loop, self._task = loop, loop.create_task(self._run())
+        for closed in [other for other in self._tasks if other.is_closed()]:
+            self._tasks.pop(closed, None)
+            self._woken.discard(closed)
+        self._woken.add(loop)
+        if loop not in self._tasks or self._tasks[loop].done():
+            self._tasks[loop] = loop.create_task(self._run(loop))
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         with ThreadPoolExecutor(1, "mage-ray-engine") as thread:
             more = True
-            while more or self._woken:
-                self._woken = False
+            while more or loop in self._woken:
+                self._woken.discard(loop)
                 try:
                     more = await loop.run_in_executor(thread, self._step)
                 except Exception:  # every request that ran has been told

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from engines import Tiny, ids
 from tiny import make_tiny_model, make_tiny_tokenizer
 
@@ -89,6 +90,7 @@ class Course:
     cancelled: bool = False
     changed: Plan | None = None
     changed_after: int = 0
+    exact: bool = True
 
     @property
     def drawn(self) -> list[Token]:
@@ -96,7 +98,9 @@ class Course:
 
 
 async def one_course(engine: Engine, course: Course, dice: np.random.Generator) -> None:
-    fate = dice.choice(["run", "cancel", "leave", "abandon", "change"], p=[0.6, 0.1, 0.05, 0.05, 0.2])
+    fate = dice.choice(
+        ["run", "cancel", "leave", "abandon", "change", "approximate"], p=[0.55, 0.1, 0.05, 0.05, 0.2, 0.05]
+    )
     after = int(dice.integers(0, 12))
     other = random_plan(dice)
     stream = engine.submit(course.request)
@@ -111,9 +115,10 @@ async def one_course(engine: Engine, course: Course, dice: np.random.Generator) 
                     if fate == "cancel":
                         course.cancelled = True
                         stream.cancel()
-                    elif fate == "change":
+                    elif fate in ("change", "approximate"):
                         course.changed, course.changed_after = other, after
-                        stream.change(other, recompute=True)
+                        course.exact = fate == "change"
+                        stream.change(other, recompute=course.exact)
                     elif fate == "leave":
                         course.cancelled = True
                         return
@@ -167,16 +172,45 @@ def allocated(engine: Engine) -> int:
     return sum(t.numel() * t.element_size() for t in (*slots, *kept))
 
 
-def check_unchanged(course: Course, alone: Generation) -> None:
+def by_rounding(tiny: Tiny, request: Request, answer: tuple[int, ...], one: int, other: int) -> bool:
+    """Whether two tokens may both be drawn after ``answer``, within what rounding does to the log-probabilities.
+
+    Two tokens of equal probability at the border of a nucleus may change places in it, which moves the draw. Plans
+    without a cadence draw one number for each token.
+    """
+    sampling = request.sampling
+    if not request.plan.eager or sampling.temperature == 0:
+        return False
+    dice = torch.Generator().manual_seed(sampling.seed)
+    uniform = torch.rand(len(answer) + 1, generator=dice, dtype=torch.float64)[-1]
+    exact_V = tiny.logprobs(request.plan, [*request.prompt, *answer])[-1] / sampling.temperature
+    drawn = set()
+    for _ in range(200):
+        probs_V = (exact_V + 3e-6 * torch.randn(exact_V.shape, dtype=torch.float64)).softmax(-1)
+        order_V = probs_V.argsort(descending=True)
+        out_V = probs_V[order_V].cumsum(0) - probs_V[order_V] >= sampling.top_p
+        probs_V[order_V[out_V]] = 0
+        cumulative_V = probs_V.cumsum(0)
+        drawn.add(int(torch.searchsorted(cumulative_V, uniform * cumulative_V[-1], right=True)))
+    return {one, other} <= drawn
+
+
+def check_unchanged(course: Course, alone: Generation, tiny: Tiny) -> bool:
+    """That it is what it is alone; False where the two part at a draw that rounding decides."""
     drawn = course.drawn
-    assert tuple(t.id for t in drawn) == alone.ids[: len(drawn)]
+    for n, (token, other) in enumerate(zip(drawn, alone.ids, strict=False)):
+        if token.id != other:
+            assert by_rounding(tiny, course.request, alone.ids[:n], token.id, other), (course.request, n)
+            return False
+    assert len(drawn) <= len(alone.ids)
     np.testing.assert_allclose([t.logprob for t in drawn], alone.logprobs[: len(drawn)], atol=1e-4)
     if course.cancelled and (not course.tokens or course.tokens[-1].finished in (None, "cancelled")):
-        return
+        return True
     whole = Generation.of(course.tokens)
     assert (whole.finished, len(whole.ids), whole.text) == (alone.finished, len(alone.ids), alone.text)
     assert whole.guided == alone.guided
     assert whole.value == pytest.approx(alone.value, abs=1e-3)
+    return True
 
 
 def check_changed(course: Course, alone: Callable[[Request], Generation], tiny: Tiny) -> None:
@@ -195,7 +229,9 @@ def check_changed(course: Course, alone: Callable[[Request], Generation], tiny: 
     assert tuple(answer[:seen]) == first.ids[:seen]
     got = np.array([t.logprob for t in drawn])
     np.testing.assert_allclose(got[:seen], first.logprobs[:seen], atol=1e-4)
-    if seen == len(drawn):
+    if not course.exact:
+        assert course.tokens[-1].finished in ("stop", "length", "vetoed")
+    if seen == len(drawn) or not course.exact:
         return
     fits = []
     for plan in (request.plan, other):
@@ -218,7 +254,7 @@ def check_changed(course: Course, alone: Callable[[Request], Generation], tiny: 
 @pytest.mark.parametrize(
     ("count", "seed", "fixed"),
     [
-        (60, 1, False),
+        (30, 1, False),
         pytest.param(1000, 2, False, marks=pytest.mark.slow),
         pytest.param(200, 3, True, marks=pytest.mark.slow),
     ],
@@ -237,6 +273,7 @@ def test_random_requests_end_as_if_each_had_been_alone(tiny: Tiny, count: int, s
 
     quiet = tiny.engine(ROWS, LENGTH, decode=decode, kept=0)
     ended: Counter[str] = Counter()
+    parted = 0
     for course in courses:
         ended[str(course.tokens[-1].finished if course.tokens else course.error)[:8]] += 1
         if course.request.plan is NOT_FINITE and course.changed is None:
@@ -246,10 +283,11 @@ def test_random_requests_end_as_if_each_had_been_alone(tiny: Tiny, count: int, s
             assert course.error is not None or course.changed_after == 0
         elif course.changed is None:
             assert course.error is None
-            check_unchanged(course, quiet.generate([course.request])[0])
+            parted += not check_unchanged(course, quiet.generate([course.request])[0], tiny)
         else:
             assert course.error is None
             check_changed(course, lambda r: quiet.generate([r])[0], tiny)
+    assert parted <= count // 250
     assert ended["length"] > count / 4
     if count > 100:
         assert {"length", "stop", "plan: go"} <= set(ended)
@@ -307,6 +345,38 @@ def test_what_is_not_finite_reaches_neither_neighbours_nor_later_users_of_its_sl
         assert engine.runner.live == 0
 
     by_steps(scene)
+
+
+def test_event_loops_and_threads_share_an_engine(tiny: Tiny) -> None:
+    """Two event loops, of which one ends long before the other, and a plain caller, each in a thread of its own."""
+    engine = tiny.engine(4, LENGTH, stop=())
+    asked = [Request((i, i + 1), PLAIN, Sampling(n, 0.0)) for i, n in enumerate((5, 80, 40))]
+    expected = [tiny.engine(4, LENGTH, stop=(), kept=0).generate([r])[0].ids for r in asked]
+    got: dict[int, tuple[int, ...]] = {}
+
+    async def one(i: int, first: threading.Event, then: threading.Event) -> None:
+        async with engine.submit(asked[i]) as stream:
+            tokens = [await anext(stream)]
+            first.set()
+            while not then.is_set():
+                await asyncio.sleep(0.001)
+            got[i] = tuple(t.id for t in [*tokens, *[token async for token in stream]])
+
+    def plain() -> None:
+        got[2] = engine.generate([asked[2]])[0].ids
+
+    a, b = threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=lambda: asyncio.run(one(0, a, b)), daemon=True),
+        threading.Thread(target=lambda: asyncio.run(one(1, b, a)), daemon=True),
+        threading.Thread(target=plain, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [got.get(i) for i in range(3)] == expected
+    assert engine.runner.live == 0
 
 
 def test_a_forward_that_fails_ends_those_who_run_and_the_engine_goes_on(tiny: Tiny) -> None:
