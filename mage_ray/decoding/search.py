@@ -95,7 +95,7 @@ def _best_of(request: Request, n: int) -> Strategy:
 
 
 def beam_search(request: Request, width: int, expansions: int, chunk: int, decode: Decode | None = None) -> Strategy:
-    """Chunk-level beam search guided by the value (weak-to-strong search, arXiv:2405.19262, algorithm 1).
+    """Chunk-level beam search guided by the value (weak-to-strong search, arXiv:2405.19262).
 
     Each of ``width`` beams is continued ``expansions`` times by up to ``chunk`` tokens; of these and the beams that
     have ended, the ``width`` with the highest value since the prompt go on, until all of those have ended. The first
