@@ -68,6 +68,8 @@ class Plan:
     ``values``, one for each row, make up the guide's own score ``G(s, a) = sum_r values[r] * log pi_rows[r](a|s)``;
     empty where the plan has no guide. ``cadence`` says when the guide runs, ``valued`` whether its scores of the drawn
     tokens are wanted.
+
+    Raises FieldError for no rows, another number of weights or values than rows, or fewer than 1 candidate.
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +79,15 @@ class Plan:
     cadence: Cadence = Cadence()
     valued: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise FieldError("plan.rows", "none", "1 or more")
+        for name, numbers in (("weights", self.weights), ("values", self.values)):
+            if len(numbers) != len(self.rows) and (name == "weights" or numbers):
+                raise FieldError(f"plan.{name}", list(numbers), f"{len(self.rows)} numbers, one for each row")
+        if self.candidates is not None and self.candidates < 1:
+            raise FieldError("candidates", self.candidates, "1 or more")
+
     @classmethod
     def of(cls, terms: Iterable[tuple[Vector, float]], candidates: int | None = None) -> Plan:
         """A plan from (coefficients, weight) terms: equal rows become one, their weights added; a row of weight 0 goes.
@@ -84,7 +95,7 @@ class Plan:
         The first term's row stays first, whatever its weight, when it chooses the candidates.
         """
         weights = _by_row(terms)
-        base = next(iter(weights))
+        base = next(iter(weights), None)
         kept = [row for row, w in weights.items() if w != 0 or (row == base and candidates is not None)]
         return cls._checked(kept, weights, candidates)
 

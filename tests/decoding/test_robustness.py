@@ -347,6 +347,36 @@ def test_what_is_not_finite_reaches_neither_neighbours_nor_later_users_of_its_sl
     by_steps(scene)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Plan((), ()), "plan.rows: got none"),
+        (lambda: Plan.of([]), "plan.weights"),
+        (lambda: Plan(PLAIN.rows, (1.0, 2.0)), "plan.weights: .*1 numbers"),
+        (lambda: replace(PLAIN, values=(1.0, 2.0)), "plan.values: .*1 numbers"),
+        (lambda: replace(PLAIN, candidates=0), "candidates: got 0, allowed: 1 or more"),
+        (lambda: Plan.guided((0.0,) * 4, [((1.0,) * 4, 1.0)], 1.0, -1), "candidates: got -1"),
+    ],
+)
+def test_a_plan_that_no_engine_could_run_is_refused_when_it_is_made(make: Callable[[], Plan], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        make()
+
+
+def test_a_guide_that_is_not_finite_and_never_asked_leaves_nothing_behind(tiny: Tiny) -> None:
+    broken = Plan.guided((0.0,) * 4, [((1e30, 0, 0, 0), 1.0), ((0, 1.0, 0, 0), -1.0)], 1.0, 12)
+    engine = tiny.engine(3, LENGTH, stop=(), kept=0)
+    [first] = engine.generate([Request(tuple(range(60)), broken.at(Cadence(entropy=1e9)), Sampling(5, 0.0))])
+    assert (first.finished, first.guided) == ("length", 0)
+    long, short = Request(tuple(range(70)), PLAIN, Sampling(9, 0.0)), Request((7, 8), PLAIN, Sampling(9, 0.0))
+    expected = [tiny.engine(1, LENGTH, stop=()).generate([r])[0].ids for r in (long, short, short)]
+    assert [g.ids for g in engine.generate([long, short, short])] == expected
+    for cadence in (Cadence(), Cadence(every=2), Cadence(speculate=3)):
+        [refused] = engine.generate([Request((1, 2), broken.at(cadence), Sampling(5))])
+        assert "not finite" in str(refused.error)
+    assert [g.ids for g in engine.generate([long, short, short])] == expected
+
+
 def test_event_loops_and_threads_share_an_engine(tiny: Tiny) -> None:
     """Two event loops, of which one ends long before the other, and a plain caller, each in a thread of its own."""
     engine = tiny.engine(4, LENGTH, stop=())
