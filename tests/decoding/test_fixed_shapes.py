@@ -74,7 +74,7 @@ class Shapes:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_tokens_and_numbers_are_those_of_any_shape(tiny: Tiny, seed: int) -> None:
     """Rows that prefill sit in later slots meanwhile, and are idle in the step's shape."""
-    requests = asked(28, seed)
+    requests = asked(16, seed)
     engine = tiny.engine(ROWS, 120, stop=(), fixed=True, chunk=8)
     shapes = Shapes(engine)
     expected = tiny.engine(ROWS, 120, stop=(), fixed=False, chunk=8).generate(requests)
