@@ -142,6 +142,8 @@ class Engine:
         if not request.prompt:
             raise FieldError("prompt", "no tokens", "1 or more")
         vocabulary = runner.model.config.get_text_config().vocab_size
+        if not all(isinstance(token, int) for token in request.prompt):
+            raise FieldError("prompt", "tokens that are no integers", "token ids")
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise FieldError("prompt", "unknown tokens", f"token ids 0 to {vocabulary - 1}")
         if len(request.prompt) + sampling.max_new_tokens > runner.length:

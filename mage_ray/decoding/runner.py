@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mage_ray.decoding.attention import Attention
 from mage_ray.decoding.graphs import StepGraphs
+from mage_ray.decoding.lean import lighten
 from mage_ray.decoding.plan import Row
 from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.slots import KVSlots
@@ -90,7 +91,10 @@ class RowRunner:
         self._attention = Attention.of(model, length)
         self._live: list[LiveRow] = []
         kept = 8 * length if kept is None else kept
-        per_position = self._probe(config.num_hidden_layers)
+        layers = config.num_hidden_layers
+        self._slots = KVSlots(layers, 1, 1)
+        self._lighten(layers)
+        per_position = self._slots.bytes_per_position
         if memory is not None and per_position:
             fitting = (memory // per_position - kept) // KVSlots.capacity(length)
             if fitting < 1:
@@ -103,7 +107,7 @@ class RowRunner:
         self.memory = Memory(rows, length, per_position, kept)
         self._kept = PrefixStore(kept)
         fixed = model.device.type == "cuda" if fixed is None else fixed
-        self._slots = KVSlots(config.num_hidden_layers, rows, length, fixed)
+        self._slots = KVSlots(layers, rows, length, fixed)
         self._coefficients_RK = torch.zeros(rows, self.experts, device=model.device, dtype=model.dtype)
         self._graphs = StepGraphs(self._run, rows, length, model.device) if fixed else None
 
@@ -300,10 +304,22 @@ class RowRunner:
             return self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
 
     @torch.inference_mode()
-    def _probe(self, layers: int) -> int:
-        """Bytes of one position of one row, as a forward of one token shows; an unusable model fails here, at once."""
-        self._slots = KVSlots(layers, 1, 1)
+    def _probe(self, layers: int) -> torch.Tensor:
+        """The logits of a forward over all kinds of positions, which also shows the size of a slot.
+
+        A model that can't be run here fails now.
+        """
+        tokens = min(self.length, 4)
+        self._slots = KVSlots(layers, 1, tokens)
         self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
-        zero_11 = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        self._run(slice(0, 1), zero_11[0], zero_11, zero_11, zero_11, 1, 1)
-        return self._slots.bytes_per_position
+        token_1T = torch.arange(tokens, device=self.model.device)[None]
+        return self._run(slice(0, 1), token_1T[0, :1], token_1T, token_1T, token_1T, tokens, tokens)
+
+    def _lighten(self, layers: int) -> None:
+        """Give the model lean layers, if they compute the same here."""
+        expected_TV = self._probe(layers)
+        undo = lighten(self.model)
+        got_TV = self._probe(layers)
+        tolerance = 1e-4 if expected_TV.dtype == torch.float32 else 0.1
+        if not (got_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max():
+            undo()

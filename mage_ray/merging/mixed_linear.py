@@ -8,7 +8,7 @@ Legend: B batch rows, T tokens, M = B * T, i/o in and out features, R stacked ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +136,7 @@ class SharedInput:
         self._sizes = [*self._outs, rank] if rank else self._outs
         self._plain = len(self._sizes) == 1
         self._alone = len(linears) == 1
+        self.size = len(linears)
         # Members without experts have no product in rank space.
         self._mixed = [j for j, by_expert in enumerate(factors) if by_expert]
         self._ranks = [sum(len(f.down) for f in factors[j].values()) for j in self._mixed]
@@ -155,7 +156,7 @@ class SharedInput:
         They are given to the others only within the same forward of the model and for the same tensor object.
         """
         if self._alone:
-            return self._results(x)[0]
+            return self.results(x)[0]
         pending = self._mix.pending
         held = pending.get(self)
         if held is not None and held.of is x:
@@ -167,14 +168,14 @@ class SharedInput:
                     held.parts[member] = None
                     held.left -= 1
                 return part
-        results = self._results(x)
+        results = self.results(x)
         if self._mix.running:
             parts: list[torch.Tensor | None] = [*results]
             parts[member] = None
             pending[self] = Parts(x, parts, len(parts) - 1)
         return results[member]
 
-    def _results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The results of all members, [..., out] each; views of one tensor, which is theirs alone."""
         if self._plain:
             return (self._project(x),)
@@ -204,6 +205,18 @@ class MixedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._group.part(self._member, input)
+
+    def leads(self, members: Sequence[nn.Module]) -> bool:
+        """Whether these are all members of its group, in order, itself the first."""
+        return len(members) == self._group.size and all(
+            isinstance(other, MixedLinear) and other._group is self._group and other._member == j
+            for j, other in enumerate(members)
+        )
+
+    @property
+    def results(self) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+        """Computes what all members of the group make of one input, [..., out] each, at once."""
+        return self._group.results
 
 
 def weight_oi(module: nn.Module) -> torch.Tensor:

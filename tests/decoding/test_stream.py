@@ -123,7 +123,7 @@ def test_a_full_queue_says_so(tiny: Tiny) -> None:
         running = engine.submit(asked(1, 40))
         await anext(running)
         waiting = engine.submit(asked(2, 2))
-        with pytest.raises(Busy, match="queue: got 1 waiting requests, allowed: at most 1"):
+        with pytest.raises(Busy, match="queue: got 2 waiting requests, allowed: at most 1"):
             engine.submit(asked(3, 2))
         await running.result()
         await waiting.result()

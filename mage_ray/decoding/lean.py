@@ -1,0 +1,151 @@
+"""Layers that do in a few operations what transformers' do in many: at small batch a step is bound by their number.
+
+A lean layer computes what the layer in its place does, from the same linears. Left out are only detours: normalisation
+in one kernel, queries and keys rotated together, no copies of keys for grouped queries.
+
+Legend: B rows, T tokens, H query heads, G key-value heads, D head size, L positions, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
+from transformers import PreTrainedModel
+
+from mage_ray.merging.mixed_linear import MixedLinear
+
+_KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Pre-norm layers of RMS norms, rotary positions and a gated MLP."""
+
+
+def lighten(model: PreTrainedModel) -> Callable[[], None]:
+    """Put lean layers in place of those of a known kind; returns what puts the original ones back.
+
+    For models whose linears are in place already (AdapterBank.install) and whose attention is "sdpa".
+    """
+    layers = getattr(getattr(model, "base_model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return lambda: None
+    originals = list(layers)
+    step = _Step()
+    for i, layer in enumerate(originals):
+        if type(layer).__name__ in _KNOWN:
+            layers[i] = LeanLayer(layer, step)
+
+    def undo() -> None:
+        for i, layer in enumerate(originals):
+            layers[i] = layer
+
+    return undo
+
+
+class _Step:
+    """What all layers of one forward share, made by the first: the rotation's factors, the mask of grouped queries."""
+
+    def __init__(self) -> None:
+        self._of: tuple[object, object] = (None, None)
+        self.cos_BT1D = self.sin_BT1D = self.mask_B1TL = torch.empty(0)
+
+    def prepare(self, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, mask_B1TL: torch.Tensor, groups: int) -> None:
+        if self._of[0] is cos_BTD and self._of[1] is mask_B1TL:
+            return
+        self._of = cos_BTD, mask_B1TL
+        self.cos_BT1D = cos_BTD[:, :, None]
+        first_BTd, second_BTd = sin_BTD.chunk(2, -1)
+        # Rotating half of a head is rolling it, with the sign of the first half turned.
+        self.sin_BT1D = torch.cat((-first_BTd, second_BTd), -1)[:, :, None]
+        one_token = mask_B1TL.shape[2] == 1
+        self.mask_B1TL = mask_B1TL if one_token else mask_B1TL.repeat(1, 1, groups, 1)
+
+    def rotated(self, x_BTHD: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(x_BTHD * self.cos_BT1D, x_BTHD.roll(x_BTHD.shape[-1] // 2, -1), self.sin_BT1D)
+
+
+class LeanLayer(nn.Module):
+    """Stands in for one decoder layer. Without a cache and a mask of its own, the original runs."""
+
+    def __init__(self, original: nn.Module, step: _Step) -> None:
+        super().__init__()
+        self.original = original
+        attention: Any = original.self_attn
+        mlp: Any = original.mlp
+        norms: Any = (original.input_layernorm, original.post_attention_layernorm)
+        # Outside of nn.Module's look-ups, which cost as much as a small operation.
+        parts = {
+            "step": step,
+            "index": attention.layer_idx,
+            "head": attention.head_dim,
+            "scale": attention.scaling,
+            "qkv": _together([attention.q_proj, attention.k_proj, attention.v_proj]),
+            "out": _together([attention.o_proj]),
+            "gate_up": _together([mlp.gate_proj, mlp.up_proj]),
+            "down": _together([mlp.down_proj]),
+            "act": silu if isinstance(mlp.act_fn, nn.SiLU) or mlp.act_fn is silu else mlp.act_fn,
+            "before": _norm(norms[0]),
+            "between": _norm(norms[1]),
+            "head_norms": (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+        }
+        object.__setattr__(self, "parts", tuple(parts.values()))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        if attention_mask is None or past_key_values is None or position_embeddings is None:
+            return self.original(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **others,
+            )
+        step, index, head, scale, qkv, out, gate_up, down, act, before, between, head_norms = self.parts  # type: ignore[misc]
+        rows, tokens, _ = hidden_states.shape
+        q_BTx, k_BTx, v_BTx = qkv(before(hidden_states))
+        heads, kv_heads = q_BTx.shape[-1] // head, k_BTx.shape[-1] // head
+        step.prepare(*position_embeddings, attention_mask, heads // kv_heads)
+        q_BTHD = q_BTx.unflatten(-1, (heads, head))
+        k_BTGD = k_BTx.unflatten(-1, (kv_heads, head))
+        if head_norms is not None:
+            q_BTHD, k_BTGD = head_norms[0](q_BTHD), head_norms[1](k_BTGD)
+        q_BTHD, k_BTGD = step.rotated(q_BTHD), step.rotated(k_BTGD)
+        k_BGLD, v_BGLD = past_key_values.update(
+            k_BTGD.transpose(1, 2), v_BTx.unflatten(-1, (kv_heads, head)).transpose(1, 2), index
+        )
+        # The queries that share a key-value head are further tokens of it.
+        q_BGtD = q_BTHD.transpose(1, 2).reshape(rows, kv_heads, -1, head)
+        seen_BGtD = scaled_dot_product_attention(q_BGtD, k_BGLD, v_BGLD, attn_mask=step.mask_B1TL, scale=scale)
+        seen_BTx = seen_BGtD.reshape(rows, heads, tokens, head).transpose(1, 2).reshape(rows, tokens, -1)
+        x_BTE = hidden_states + out(seen_BTx)[0]
+        gate_BTM, up_BTM = gate_up(between(x_BTE))
+        return x_BTE + down(act(gate_BTM).mul_(up_BTM))[0]
+
+
+def _together(linears: Sequence[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """The results of linears that get the same input; by one product where they are one group, in order."""
+    first = linears[0]
+    if isinstance(first, MixedLinear) and first.leads(linears):
+        return first.results
+    return lambda x: [linear(x) for linear in linears]
+
+
+def _norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An RMS norm in one kernel."""
+    weight, eps = module.weight, module.variance_epsilon
+    assert isinstance(weight, torch.Tensor)
+    size = len(weight)
+    if weight.device.type == "cuda":
+        return lambda x: rms_norm(x, (size,), weight, float(eps))  # type: ignore[arg-type]
+    if weight.dtype != torch.float32:
+        return module
+    # With its negative behind it, a vector has mean 0, and the variance is the mean square: a layer norm does it.
+    weight_2E = torch.cat((weight, weight)).detach()
+    return lambda x: layer_norm(torch.cat((x, -x), -1), (2 * size,), weight_2E, None, float(eps))[..., :size]  # type: ignore[arg-type]
