@@ -23,22 +23,27 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def demo(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a trained study in ``runs/demo`` that has the demo's objectives, and adapters a and b."""
+    """A working folder: a study in ``runs/demo`` with the demo's objectives, a model ``base``, adapters a and b."""
     objectives = {"positive": {"type": "positivity"}, "short": {"type": "brevity"}}
     trained_study(tmp_path / "runs" / "demo", tiny_model_folder, objectives=objectives)
     for seed, name in enumerate("ab"):
         make_adapter(tiny_model_folder, tmp_path / name, seed=seed)
+    (tmp_path / "base").symlink_to(tiny_model_folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_library_example_runs(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = blocks("python")
-    assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 15
+def test_the_library_examples_run(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks("python")
+    assert len(code) == 4
+    for short in (code[0], code[3]):
+        assert len([line for line in short.splitlines() if line.strip() and not line.startswith("#")]) <= 15
     namespace: dict[str, object] = {}
-    exec(code, namespace)
+    for block in code:  # each goes on where the one before it ends
+        exec(block, namespace)
+        assert capsys.readouterr().out.strip()
     assert len(namespace["requests"]) == 6  # type: ignore[arg-type]
-    assert capsys.readouterr().out.strip()
+    assert len(namespace["sequences"]) == 2  # type: ignore[arg-type]
 
 
 def test_the_command_line_examples_run(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

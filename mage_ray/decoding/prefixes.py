@@ -14,6 +14,8 @@ from mage_ray.decoding.plan import Row
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first tokens two sequences share."""
     low, high = 0, min(len(one), len(other))
+    if not high or one[0] != other[0]:
+        return 0
     while low < high:  # all of one[:low] is shared; comparing slices is much quicker than comparing tokens
         middle = (low + high + 1) // 2
         if list(one[low:middle]) == list(other[low:middle]):
@@ -36,38 +38,44 @@ class PrefixStore:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[tuple[Row, tuple[int, ...]], list[torch.Tensor]] = OrderedDict()
+        self._of_row: dict[Row, dict[tuple[int, ...], list[torch.Tensor]]] = {}
+        self._by_use: OrderedDict[tuple[Row, tuple[int, ...]], None] = OrderedDict()  # the latest last
         self.used = 0
 
     def find(self, row: Row, goal: Sequence[int]) -> Found | None:
         """The kept sequence of equal coefficients that shares most with ``goal``; None where none shares anything."""
-        best, length = None, 0
-        for key in self._entries:
-            if key[0] == row and (common := common_length(key[1], goal)) > length:
-                best, length = key, common
-        if best is None:
+        kept = self._of_row.get(row, {})
+        best: tuple[int, ...] = ()
+        length = 0
+        for tokens in kept:
+            if (common := common_length(tokens, goal)) > length:
+                best, length = tokens, common
+        if not length:
             return None
-        self._entries.move_to_end(best)
-        return Found(self._entries[best], length)
+        self._by_use.move_to_end((row, best))
+        return Found(kept[best], length)
 
     def add(self, row: Row, tokens: Sequence[int], read: Callable[[], list[torch.Tensor]]) -> None:
         """Keep a sequence, unless a kept one begins with it; the least recently used ones go to make room."""
         if len(tokens) > self._capacity:
             return
-        for key in list(self._entries):
-            if key[0] != row:
-                continue
-            common = common_length(key[1], tokens)
+        for kept in list(self._of_row.get(row, ())):
+            common = common_length(kept, tokens)
             if common == len(tokens):
-                self._entries.move_to_end(key)
+                self._by_use.move_to_end((row, kept))
                 return
-            if common == len(key[1]):
-                self._drop(key)
+            if common == len(kept):
+                self._drop(row, kept)
         while self.used + len(tokens) > self._capacity:
-            self._drop(next(iter(self._entries)))
-        self._entries[row, tuple(tokens)] = read()
-        self.used += len(tokens)
+            self._drop(*next(iter(self._by_use)))
+        added = tuple(tokens)
+        self._of_row.setdefault(row, {})[added] = read()
+        self._by_use[row, added] = None
+        self.used += len(added)
 
-    def _drop(self, key: tuple[Row, tuple[int, ...]]) -> None:
-        del self._entries[key]
-        self.used -= len(key[1])
+    def _drop(self, row: Row, tokens: tuple[int, ...]) -> None:
+        del self._by_use[row, tokens]
+        del self._of_row[row][tokens]
+        if not self._of_row[row]:
+            del self._of_row[row]
+        self.used -= len(tokens)

@@ -153,9 +153,10 @@ def test_acceptance_and_residual_add_up_to_the_target(target: list[float], draft
 
 def test_lazy_requests_share_a_batch_with_others_and_change_nobody(engine: Engine) -> None:
     cadences = [Cadence(), Cadence(every=3), Cadence(entropy=2.0), Cadence(speculate=4), Cadence(every=2, entropy=1.0)]
+    prompts = [ids(f"prompt {i}" * (1 + i % 4)) for i in range(15)]
     requests = [
-        Request(ids(f"prompt {i}" * (1 + i % 4)), guided().at(cadences[i % 5]), Sampling(10 + i, seed=i)) for i in range(15)
-    ]  # fmt: skip
+        Request(prompt, guided().at(cadences[i % 5]), Sampling(10 + i, seed=i)) for i, prompt in enumerate(prompts)
+    ]
     for request, drawn in zip(requests, engine.generate(requests), strict=True):
         [alone] = engine.generate([request])
         assert drawn.ids == alone.ids

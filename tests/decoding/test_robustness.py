@@ -168,7 +168,7 @@ def allocated(engine: Engine) -> int:
     """Bytes of all keys and values that the engine's runner holds."""
     runner = engine.runner
     slots = [t for layer in runner._slots.layers for t in (layer.keys, layer.values) if t is not None]
-    kept = [t for parts in runner._kept._entries.values() for t in parts]
+    kept = [t for entries in runner._kept._of_row.values() for parts in entries.values() for t in parts]
     return sum(t.numel() * t.element_size() for t in (*slots, *kept))
 
 
