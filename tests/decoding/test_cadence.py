@@ -130,8 +130,8 @@ def _answers(
 
 
 def _p_value(seen: dict[tuple[int, ...], int], expected: dict[tuple[int, ...], float], count: int) -> float:
-    """Chi-square over answers that are expected often enough, all others as one cell."""
-    often = [a for a, p in expected.items() if p * count >= 8]
+    """Chi-square over answers that are expected often enough; all others are one cell, with the rarest of these."""
+    often = sorted((a for a, p in expected.items() if p * count >= 8), key=lambda a: -expected[a])[:-1]
     observed = [seen.get(a, 0) for a in often]
     wanted = [expected[a] * count for a in often]
     return float(chisquare([*observed, count - sum(observed)], [*wanted, count - sum(wanted)]).pvalue)
