@@ -1,6 +1,6 @@
 """One draw for each of a batch of requests: group those that combine alike, add up their rows, draw.
 
-Legend: Q requests, R rows of the logits, V vocabulary, C candidates.
+Legend: Q requests, R rows of the outputs, V vocabulary, C candidates.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.request import Sampling
 from mage_ray.decoding.sampling import Combination, guided_logprobs, sample
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One token to draw: the rows of the logits that make it up, their weights, and how it is drawn.
+    """One token to draw: the rows of the outputs that make it up, their weights, and how it is drawn.
 
     ``values`` weigh the same rows for the guide's score of the drawn token; empty where nobody asks for it.
     """
@@ -45,23 +46,25 @@ class Drawer:
 
     def __init__(self) -> None:
         self._asked: list[Draw] = []
-        self._height = 0
         self._groups: list[_Group] = []
 
-    def draw(self, asked: list[Draw], logits_RV: torch.Tensor, uniforms: Sequence[float]) -> list[Drawn]:
+    def draw(self, asked: list[Draw], outputs: Outputs, uniforms: Sequence[float]) -> list[Drawn]:
         """One token for each, by its uniform number in [0, 1)."""
-        if asked != self._asked or len(logits_RV) != self._height:
-            self._asked, self._height, self._groups = asked, len(logits_RV), _grouped(asked, logits_RV)
+        if asked != self._asked:
+            self._asked, self._groups = asked, _grouped(asked, outputs.device)
+        # In one go, for those that are looked at one by one below.
+        if scored := [row for draw in asked if draw.values for row in draw.rows]:
+            outputs.logits(scored)
         drawn: list[Drawn] = [Drawn(0, 0.0)] * len(asked)
         for group in self._groups:
-            logprobs_QC, ids_QC = guided_logprobs(logits_RV, group.how)
-            uniform_Q = torch.tensor([uniforms[i] for i in group.members], dtype=torch.float64, device=logits_RV.device)
+            logprobs_QC, ids_QC = guided_logprobs(outputs, group.how)
+            uniform_Q = torch.tensor([uniforms[i] for i in group.members], dtype=torch.float64, device=outputs.device)
             index_Q1 = sample(logprobs_QC, group.temperature_Q, group.top_p_Q, uniform_Q)[:, None]
             ids = (index_Q1 if ids_QC is None else ids_QC.gather(1, index_Q1))[:, 0].tolist()
             logprobs = logprobs_QC.gather(1, index_Q1)[:, 0].tolist()
             for i, token, logprob in zip(group.members, ids, logprobs, strict=True):
                 draw = asked[i]
-                rows_RV = logits_RV[list(draw.rows)] if draw.values or math.isnan(logprob) else None
+                rows_RV = outputs.logits(draw.rows) if draw.values or math.isnan(logprob) else None
                 drawn[i] = Drawn(
                     token,
                     logprob,
@@ -93,19 +96,18 @@ class _Group:
     top_p_Q: torch.Tensor
 
 
-def _grouped(asked: Sequence[Draw], logits_RV: torch.Tensor) -> list[_Group]:
+def _grouped(asked: Sequence[Draw], device: torch.device) -> list[_Group]:
     whole = [i for i, draw in enumerate(asked) if draw.candidates is None]
     some = [i for i, draw in enumerate(asked) if draw.candidates is not None]
-    return [_group([asked[i] for i in members], members, logits_RV) for members in (whole, some) if members]
+    return [_group([asked[i] for i in members], members, device) for members in (whole, some) if members]
 
 
-def _group(draws: Sequence[Draw], members: list[int], logits_RV: torch.Tensor) -> _Group:
-    device = logits_RV.device
+def _group(draws: Sequence[Draw], members: list[int], device: torch.device) -> _Group:
     rows = [row for draw in draws for row in draw.rows]
     weights = [draw.weights for draw in draws]
     return _Group(
         members=members,
-        how=combination(rows, weights, [draw.candidates for draw in draws], len(logits_RV), device),
+        how=combination(rows, weights, [draw.candidates for draw in draws], device),
         temperature_Q=torch.tensor([draw.sampling.temperature for draw in draws], device=device),
         top_p_Q=torch.tensor([draw.sampling.top_p for draw in draws], device=device),
     )
@@ -115,21 +117,19 @@ def combination(
     rows: Sequence[int],
     weights: Sequence[Sequence[float]],
     candidates: Sequence[int | None],
-    height: int,
     device: torch.device,
 ) -> Combination:
-    """How ``rows`` of logits of ``height`` rows add up: as many of them for each request as it has ``weights``.
+    """How ``rows`` of the outputs add up: as many of them for each request as it has ``weights``.
 
     ``candidates`` are given for all requests or for none.
     """
     starts = list(itertools.accumulate((len(own) for own in weights), initial=0))[:-1]
     limits = [limit for limit in candidates if limit is not None]
     return Combination(
-        row_R=torch.tensor(rows, device=device),
+        rows=tuple(rows),
         request_R=torch.tensor([q for q, own in enumerate(weights) for _ in own], device=device),
         weight_R=torch.tensor([w for own in weights for w in own], device=device),
-        base_Q=torch.tensor([rows[start] for start in starts], device=device),
+        bases=tuple(rows[start] for start in starts),
         candidates_Q=torch.tensor(limits, device=device) if limits else None,
         plain=all(tuple(own) == (1.0,) for own in weights),
-        all_rows=list(rows) == list(range(height)),
     )

@@ -58,8 +58,10 @@ class _Step:
         first_BTd, second_BTd = sin_BTD.chunk(2, -1)
         # Rotating half of a head is rolling it, with the sign of the first half turned.
         self.sin_BT1D = torch.cat((-first_BTd, second_BTd), -1)[:, :, None]
-        one_token = mask_B1TL.shape[2] == 1
-        self.mask_B1TL = mask_B1TL if one_token else mask_B1TL.repeat(1, 1, groups, 1)
+        # Added up as it is; attention would make these numbers of a mask of booleans in each layer anew.
+        zero = torch.zeros((), dtype=cos_BTD.dtype, device=cos_BTD.device)
+        mask_B1TL = torch.where(mask_B1TL, zero, -torch.inf)
+        self.mask_B1TL = mask_B1TL if mask_B1TL.shape[2] == 1 else mask_B1TL.repeat(1, 1, groups, 1)
 
     def rotated(self, x_BTHD: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(x_BTHD * self.cos_BT1D, x_BTHD.roll(x_BTHD.shape[-1] // 2, -1), self.sin_BT1D)

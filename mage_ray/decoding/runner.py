@@ -1,19 +1,22 @@
 """RowRunner: a model, a bank and KV slots; the only place where a forward happens.
 
-Legend: R rows, B rows of one forward, K experts, V vocabulary, T tokens, L positions.
+Legend: R rows, B rows of one forward, K experts, E hidden size, V vocabulary, T tokens, L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mage_ray.decoding.attention import Attention
 from mage_ray.decoding.graphs import StepGraphs
 from mage_ray.decoding.lean import lighten
+from mage_ray.decoding.outputs import Head, Outputs
 from mage_ray.decoding.plan import Row
 from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.slots import KVSlots
@@ -85,7 +88,9 @@ class RowRunner:
         self.model = model.eval()
         self.length = length
         self.experts = len(bank) if bank is not None else 0
-        self._mix = (bank or AdapterBank([])).install(model)
+        bank = bank or AdapterBank([])
+        weight_VE = _tied_weight(model)
+        self._mix = bank.install(model)
         # Prefill needs no logits: the body alone runs then.
         self._body = getattr(model, "base_model", model)
         self._attention = Attention.of(model, length)
@@ -93,7 +98,10 @@ class RowRunner:
         kept = 8 * length if kept is None else kept
         layers = config.num_hidden_layers
         self._slots = KVSlots(layers, 1, 1)
-        self._lighten(layers)
+        self._head: Head | None = None
+        fixed = model.device.type == "cuda" if fixed is None else fixed
+        # Shapes are fixed when all rows go through the head.
+        self._lighten(layers, None if fixed else _head(model, bank, weight_VE))
         per_position = self._slots.bytes_per_position
         if memory is not None and per_position:
             fitting = (memory // per_position - kept) // KVSlots.capacity(length)
@@ -106,7 +114,6 @@ class RowRunner:
         self.rows = rows
         self.memory = Memory(rows, length, per_position, kept)
         self._kept = PrefixStore(kept)
-        fixed = model.device.type == "cuda" if fixed is None else fixed
         self._slots = KVSlots(layers, rows, length, fixed)
         self._coefficients_RK = torch.zeros(rows, self.experts, device=model.device, dtype=model.dtype)
         self._graphs = StepGraphs(self._run, rows, length, model.device) if fixed else None
@@ -196,11 +203,11 @@ class RowRunner:
             self._swap(row, self._live[place])
 
     @torch.inference_mode()
-    def feed(self, rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
-        """Feed each row its tokens, one or more; the logits after the last ``keep`` columns, [B * keep, V].
+    def feed(self, rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> Outputs:
+        """Feed each row its tokens, one or more; what comes after the last ``keep`` columns, B * keep rows.
 
-        Shorter rows are padded at the end. ``keep = 0`` computes no logits: an empty tensor. Raises FieldError when a
-        row has no positions left.
+        Shorter rows are padded at the end. ``keep = 0`` is for their keys and values alone: no rows. Raises FieldError
+        when a row has no positions left.
         """
         ends = [len(row.tokens) + len(fed) for row, fed in zip(rows, tokens, strict=True)]
         visible = max(ends)
@@ -210,12 +217,12 @@ class RowRunner:
         longest = max(map(len, tokens))
         starts = [len(row.tokens) for row in rows]
         if self._graphs is not None and longest == 1 and keep == 1 and places == list(range(len(rows))):
-            logits = self._graphs.run([fed[0] for fed in tokens], starts)
+            outputs = self._graphs.run([fed[0] for fed in tokens], starts)
         else:
-            logits = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
+            outputs = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
         for row, fed in zip(rows, tokens, strict=True):
             row.tokens.extend(fed)
-        return logits
+        return Outputs(outputs, self._head)
 
     @torch.inference_mode()
     def score(self, row: Row, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
@@ -236,10 +243,10 @@ class RowRunner:
             if not some:
                 return scores
             longest = max(map(len, fed))
-            logits_BTV = self.feed(rows, fed, keep=longest).unflatten(0, (len(some), longest))
-            for logits_TV, i in zip(logits_BTV, some, strict=True):
-                targets = torch.tensor(tokens[i][starts[i] :], device=logits_TV.device, dtype=torch.long)
-                logits_tV = logits_TV[: len(targets)].float()
+            outputs = self.feed(rows, fed, keep=longest)
+            for b, i in enumerate(some):
+                targets = torch.tensor(tokens[i][starts[i] :], device=outputs.device, dtype=torch.long)
+                logits_tV = outputs.logits(range(b * longest, b * longest + len(targets))).float()
                 scores[i] = (logits_tV.gather(1, targets[:, None])[:, 0] - logits_tV.logsumexp(-1)).cpu()
             return scores
         finally:
@@ -288,7 +295,10 @@ class RowRunner:
         visible: int,
         keep: int,
     ) -> torch.Tensor:
-        """One forward. Everything that changes from step to step is in tensors, so that it can be captured."""
+        """One forward: what comes before the head, or the logits, of the last ``keep`` columns, [B * keep, E or V].
+
+        Everything that changes from step to step is in tensors, so that it can be captured.
+        """
         self._slots.open(slots, place_B, written_BT, visible)
         inputs = {
             "input_ids": input_BT,
@@ -301,11 +311,13 @@ class RowRunner:
             if keep == 0:
                 self._body(**inputs)
                 return torch.empty(0)
+            if self._head is not None:
+                return self._body(**inputs).last_hidden_state[:, -keep:].flatten(0, 1)
             return self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
 
     @torch.inference_mode()
     def _probe(self, layers: int) -> torch.Tensor:
-        """The logits of a forward over all kinds of positions, which also shows the size of a slot.
+        """What ``_run`` gives for a forward over all kinds of positions, which also shows the size of a slot.
 
         A model that can't be run here fails now.
         """
@@ -315,11 +327,44 @@ class RowRunner:
         token_1T = torch.arange(tokens, device=self.model.device)[None]
         return self._run(slice(0, 1), token_1T[0, :1], token_1T, token_1T, token_1T, tokens, tokens)
 
-    def _lighten(self, layers: int) -> None:
-        """Give the model lean layers, if they compute the same here."""
+    def _lighten(self, layers: int, head: Head | None) -> None:
+        """Give the model lean layers, and the head to the outputs, each if that computes the same here."""
         expected_TV = self._probe(layers)
-        undo = lighten(self.model)
-        got_TV = self._probe(layers)
         tolerance = 1e-4 if expected_TV.dtype == torch.float32 else 0.1
-        if not (got_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max():
+
+        def same(got_TV: torch.Tensor) -> bool:
+            return bool((got_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max())
+
+        undo = lighten(self.model)
+        if not same(self._probe(layers)):
             undo()
+        if head is not None:
+            self._head = head
+            hidden_TE = self._probe(layers)
+            if not (
+                hidden_TE.shape[-1] == self.model.config.get_text_config().hidden_size and same(head.project(hidden_TE))
+            ):
+                self._head = None
+
+
+def _output(model: PreTrainedModel) -> nn.Module | None:
+    """The model's head, the module that makes logits, if it says which one that is."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _tied_weight(model: PreTrainedModel) -> torch.Tensor | None:
+    """The weight [V, E] of a head that is the embedding's, too, and so stays whatever is done to the head."""
+    head = _output(model)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return None
+    embedding: Any = model.get_input_embeddings()
+    return head.weight.detach() if getattr(embedding, "weight", None) is head.weight else None
+
+
+def _head(model: PreTrainedModel, bank: AdapterBank, weight_VE: torch.Tensor | None) -> Head | None:
+    """The model's head as it is now, if no expert touches it."""
+    head = _output(model)
+    names = {name for name, module in model.named_modules() if module is head}
+    if head is None or any(not names.isdisjoint(expert.factors) for expert in bank.experts):
+        return None
+    return Head(head, weight_VE)

@@ -9,31 +9,30 @@ from dataclasses import dataclass
 
 import torch
 
+from mage_ray.decoding.outputs import Outputs
+
 
 @dataclass(frozen=True)
 class Combination:
     """How the rows of a batch add up to requests.
 
-    ``row_R`` the rows of the logits that take part, ``request_R`` the request that each belongs to, ``weight_R`` its
-    weight, ``base_Q`` the row of the logits that chooses each request's candidates, ``candidates_Q`` how many, None for
-    the whole vocabulary.
+    ``rows`` of the outputs take part, ``request_R`` is the request that each belongs to, ``weight_R`` its weight,
+    ``bases`` the row that chooses each request's candidates, ``candidates_Q`` how many, None for the whole vocabulary.
     """
 
-    row_R: torch.Tensor
+    rows: tuple[int, ...]
     request_R: torch.Tensor
     weight_R: torch.Tensor
-    base_Q: torch.Tensor
+    bases: tuple[int, ...]
     candidates_Q: torch.Tensor | None
     plain: bool = False
     """Whether every request is one row of weight 1: nothing to add up then."""
-    all_rows: bool = False
-    """Whether the rows that take part are all, in order."""
 
     def __len__(self) -> int:
-        return len(self.base_Q)
+        return len(self.bases)
 
 
-def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
+def guided_logprobs(outputs: Outputs, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``sum_r weight_r log pi_r(a)``, normalised over each request's candidates (METHOD.md section 2).
 
     Returns log-probabilities [Q, C] in the logits' dtype (float32 at least) and the candidates' token ids [Q, C], None
@@ -41,14 +40,14 @@ def guided_logprobs(logits_RV: torch.Tensor, how: Combination) -> tuple[torch.Te
     ruled out, whatever the others say.
     """
     if how.candidates_Q is None:
-        taken_RV = logits_RV if how.all_rows else logits_RV[how.row_R]
-        return _weighted_sum(_precise(taken_RV), how).log_softmax(-1), None
-    most = min(int(how.candidates_Q.max()), logits_RV.shape[1])
-    ids_QC = logits_RV[how.base_Q].topk(most, dim=-1).indices
+        return _weighted_sum(_precise(outputs.logits(how.rows)), how).log_softmax(-1), None
+    base_QV = outputs.logits(how.bases)
+    ids_QC = base_QV.topk(min(int(how.candidates_Q.max()), base_QV.shape[1]), dim=-1).indices
     # In the order of token ids, so that a draw doesn't depend on how many candidates a neighbour has, or on the base's
     # ranking where all tokens are candidates.
     ids_QC, rank_QC = ids_QC.sort(dim=-1)
-    scores_QC = _weighted_sum(_precise(logits_RV[how.row_R[:, None], ids_QC[how.request_R]]), how)
+    logits_RC = base_QV.gather(1, ids_QC) if how.plain else outputs.at(how.rows, ids_QC[how.request_R])
+    scores_QC = _weighted_sum(_precise(logits_RC), how)
     return scores_QC.masked_fill(rank_QC >= how.candidates_Q[:, None], -torch.inf).log_softmax(-1), ids_QC
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from mage_ray.decoding.drawing import Drawn, broken, combination, guide_score
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Sampling
 from mage_ray.decoding.sampling import distribution, guided_logprobs, invert
@@ -30,14 +31,13 @@ def verify(
     device = logits_RNV.device
     temperature_N = torch.full((count,), sampling.temperature, device=device)
     top_p_N = torch.full((count,), sampling.top_p, device=device)
-    height = len(plan.rows) * count
     limits = [plan.candidates] * count
     # Row r at proposal n is row r * N + n of the flattened logits.
     rows = [r * count + n for n in range(count) for r in range(len(plan.rows))]
-    target = combination(rows, [plan.weights] * count, limits, height, device)
-    draft = combination(list(range(count)), [(1.0,)] * count, limits, count, device)
-    logprobs_NC, ids_NC = guided_logprobs(logits_RNV.flatten(0, 1), target)
-    base_NC, _ = guided_logprobs(logits_RNV[0], draft)
+    target = combination(rows, [plan.weights] * count, limits, device)
+    draft = combination(list(range(count)), [(1.0,)] * count, limits, device)
+    logprobs_NC, ids_NC = guided_logprobs(Outputs(logits_RNV.flatten(0, 1)), target)
+    base_NC, _ = guided_logprobs(Outputs(logits_RNV[0]), draft)
     target_NC = _normalised(distribution(logprobs_NC, temperature_N, top_p_N))
     draft_NC = _normalised(distribution(base_NC, temperature_N, top_p_N))
     drawn = []

@@ -3,7 +3,7 @@
 All rows that run at every token share the first forward. Guides that a cadence leaves out are brought in by a second
 one, where they catch up on the tokens that they missed, or check what the base has proposed.
 
-Legend: R rows of the logits, N proposals, V vocabulary.
+Legend: R rows of the outputs, N proposals, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from mage_ray.decoding.drawing import Draw, Drawer, Drawn
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.request import FinishReason, Token
 from mage_ray.decoding.runner import LiveRow, RowRunner
 from mage_ray.decoding.sampling import entropy
@@ -22,7 +23,7 @@ from mage_ray.decoding.speculation import verify
 from mage_ray.errors import FieldError
 
 _At = dict[LiveRow, tuple[int, ...]]
-"""Which rows of the logits are a live row's, for the positions that are drawn or checked now."""
+"""Which rows of the outputs are a live row's, for the positions that are drawn or checked now."""
 
 
 class Step:
@@ -40,47 +41,47 @@ class Step:
         first = sorted((row for r in ready for row in r.eager_rows), key=lambda row: row.place)
         self._runner.arrange(first)
         owner = {row: r for r in ready for row in r.eager_rows}
-        logits_RV = self._runner.feed(first, [[_next(owner[row])] for row in first])
+        outputs = self._runner.feed(first, [[_next(owner[row])] for row in first])
         at: _At = {row: (i,) for i, row in enumerate(first)}
 
         proposing = [r for r in ready if not r.plan.eager and r.plan.cadence.speculate]
         lazy = [r for r in ready if not r.plan.eager and not r.plan.cadence.speculate]
-        self._propose(proposing, logits_RV, at)
+        self._propose(proposing, outputs, at)
         checking = [r for r in proposing if self._proposed(r)]
-        alone = self._certain(lazy, logits_RV, at)
+        alone = self._certain(lazy, outputs, at)
         guided = [r for r in lazy if r not in alone]
         if checking or guided:
-            logits_RV = self._guide(guided, checking, logits_RV, at)
+            outputs = self._guide(guided, checking, outputs, at)
 
         tokens: list[tuple[Running, Token]] = []
         drawing = [r for r in ready if r.plan.eager] + lazy
         asked = [_base_draw(r, at) if r in alone else _draw(r, at) for r in drawing]
         uniforms = [r.uniform() for r in drawing]
-        for r, drawn in zip(drawing, self._drawer.draw(asked, logits_RV, uniforms) if asked else [], strict=True):
+        for r, drawn in zip(drawing, self._drawer.draw(asked, outputs, uniforms) if asked else [], strict=True):
             tokens.append((r, self._token(r, drawn, r not in alone)))
         for r in checking:
-            tokens += [(r, token) for token in self._check(r, logits_RV, at)]
+            tokens += [(r, token) for token in self._check(r, outputs, at)]
         return tokens
 
-    def _propose(self, proposing: list[Running], logits_RV: torch.Tensor, at: _At) -> None:
+    def _propose(self, proposing: list[Running], outputs: Outputs, at: _At) -> None:
         if not proposing:
             return
         asked = [_base_draw(r, at) for r in proposing]
-        drawn = self._proposer.draw(asked, logits_RV, [r.uniform() for r in proposing])
+        drawn = self._proposer.draw(asked, outputs, [r.uniform() for r in proposing])
         for r, draw, d in zip(proposing, asked, drawn, strict=True):
-            r.proposals.append(Proposal(d.token, logits_RV[draw.rows[0]].clone()))
+            r.proposals.append(Proposal(d.token, outputs.logits(draw.rows)[0].clone()))
 
     def _proposed(self, r: Running) -> bool:
         """Whether the base has proposed all that it may before the guide has its say."""
         count = len(r.proposals)
         return count >= min(r.plan.cadence.speculate, r.room) or r.proposals[-1].token in self._stop
 
-    def _certain(self, lazy: list[Running], logits_RV: torch.Tensor, at: _At) -> set[Running]:
+    def _certain(self, lazy: list[Running], outputs: Outputs, at: _At) -> set[Running]:
         """Those whose cadence leaves this token to the base alone."""
         alone = {r for r in lazy if r.generated % r.plan.cadence.every != 0}
         gated = [r for r in lazy if r.plan.cadence.entropy > 0 and r not in alone]
         if gated:
-            nats = entropy(logits_RV[[at[r.rows[0]][0] for r in gated]]).tolist()
+            nats = entropy(outputs.logits([at[r.rows[0]][0] for r in gated])).tolist()
             alone |= {r for r, h in zip(gated, nats, strict=True) if h < r.plan.cadence.entropy}
         return alone
 
@@ -88,10 +89,10 @@ class Step:
         self,
         guided: list[Running],
         checking: list[Running],
-        logits_RV: torch.Tensor,
+        outputs: Outputs,
         at: _At,
-    ) -> torch.Tensor:
-        """Run the guides of these requests over all that they missed; their logits join those of the first forward."""
+    ) -> Outputs:
+        """Run the guides of these requests over all that they missed; what they give joins the first forward's."""
         rows: list[LiveRow] = []
         tokens: list[list[int]] = []
         needed: list[int] = []
@@ -103,16 +104,16 @@ class Step:
                 needed.append(max(1, len(r.proposals)))
         longest = max(map(len, tokens))
         keep = max(longest - len(t) + n for t, n in zip(tokens, needed, strict=True))
-        more_RV = self._runner.feed(rows, tokens, keep)
+        more = self._runner.feed(rows, tokens, keep)
         for i, (row, t, n) in enumerate(zip(rows, tokens, needed, strict=True)):
-            begin = len(logits_RV) + i * keep + len(t) - n - (longest - keep)
+            begin = len(outputs) + i * keep + len(t) - n - (longest - keep)
             at[row] = tuple(range(begin, begin + n))
-        return torch.cat([logits_RV, more_RV])
+        return outputs.then(more)
 
-    def _check(self, r: Running, logits_RV: torch.Tensor, at: _At) -> list[Token]:
+    def _check(self, r: Running, outputs: Outputs, at: _At) -> list[Token]:
         """The tokens that stand of what the base has proposed, and the one that replaces the first that doesn't."""
         base_NV = torch.stack([p.logits_V for p in r.proposals])
-        logits_RNV = torch.stack([base_NV, *(logits_RV[list(at[row])] for row in r.rows[1:])])
+        logits_RNV = torch.stack([base_NV, *(outputs.logits(at[row]) for row in r.rows[1:])])
         proposed = [p.token for p in r.proposals]
         uniforms = [r.uniform() for _ in range(2 * len(proposed))]
         r.proposals = []

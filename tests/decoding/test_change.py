@@ -11,6 +11,7 @@ import torch
 from engines import BASE, GUIDE, ZERO, Tiny, guided, ids
 
 from mage_ray.decoding.engine import Engine
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Cadence, Plan
 from mage_ray.decoding.request import Request, Sampling, Token
 from mage_ray.errors import FieldError
@@ -141,7 +142,7 @@ def test_the_reference_row_stays_when_it_is_in_both_plans(engine: Engine) -> Non
     fed: list[int] = []
     feed = engine.runner.feed
 
-    def counting(rows: list, tokens: list, keep: int = 1) -> torch.Tensor:  # type: ignore[type-arg]
+    def counting(rows: list, tokens: list, keep: int = 1) -> Outputs:  # type: ignore[type-arg]
         fed.extend(len(t) for row, t in zip(rows, tokens, strict=True) if row.row.coefficients == ZERO)
         return feed(rows, tokens, keep)
 

@@ -13,6 +13,7 @@ from engines import GUIDE, ZERO, Tiny, guided, ids
 from tiny import make_tiny_model
 
 from mage_ray.decoding.engine import Engine
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Cadence, Plan
 from mage_ray.decoding.request import Request, Sampling
 from mage_ray.decoding.runner import LiveRow
@@ -56,7 +57,7 @@ class Shapes:
         self.beside: set[int] = set()
         original = engine.runner.feed
 
-        def feed(rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
+        def feed(rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> Outputs:
             if keep == 1 and max(map(len, tokens)) == 1:
                 self.fed.add(len(rows))
                 self.beside.add(engine.runner.live - len(rows))
@@ -98,7 +99,7 @@ def test_logits_are_those_of_any_shape_for_every_number_of_rows(tiny: Tiny) -> N
         runner.feed(rows[-1], [p[len(r.tokens) :] for r, p in zip(rows[-1], prompts, strict=True)], keep=0)
     for count in (7, 3, 1, 5, 2, 4, 6, 7):
         tokens = [[int(t)] for t in dice.integers(0, 256, count)]
-        a, b = (runner.feed(own[:count], tokens) for runner, own in zip((fixed, free), rows, strict=True))
+        a, b = (runner.feed(own[:count], tokens).logits() for runner, own in zip((fixed, free), rows, strict=True))
         assert a.shape == b.shape == (count, 260)
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
 
@@ -111,7 +112,9 @@ def test_rows_that_are_not_the_first_ones_get_right_numbers_too(tiny: Tiny) -> N
         rows = [runner.start(PLANS[0].rows[0], (n, *prompt)) for n in range(4)]
         runner.feed(rows, [[n, *prompt] for n in range(4)], keep=0)
         got.append(
-            torch.cat([runner.feed([rows[i] for i in some], [[7]] * len(some)) for some in ((2, 3), (3, 1), (1,))])
+            torch.cat(
+                [runner.feed([rows[i] for i in some], [[7]] * len(some)).logits() for some in ((2, 3), (3, 1), (1,))]
+            )
         )
     torch.testing.assert_close(got[0], got[1], atol=2e-5, rtol=0)
 

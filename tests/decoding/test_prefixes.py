@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mage_ray.decoding.engine import Engine
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Cadence, Plan, Row
 from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.request import Generation, Request, Sampling
@@ -35,7 +36,7 @@ class Fed:
         self.computed: list[tuple[tuple[float, ...], tuple[int, ...], int]] = []
         original = engine.runner.feed
 
-        def feed(rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
+        def feed(rows: Sequence[LiveRow], tokens: Sequence[Sequence[int]], keep: int = 1) -> Outputs:
             for row, fed in zip(rows, tokens, strict=True):
                 self.tokens[row.row.coefficients] += len(fed)
                 for n in range(len(fed)):

@@ -569,7 +569,7 @@ def test_cancelling_while_a_step_runs_frees_the_rows_by_the_next(tiny: Tiny) -> 
     def scene() -> None:
         engine = tiny.engine(2, LENGTH)
         stream, other = (running(engine, Request((i, 2), PLAIN, Sampling(50))) for i in (1, 2))
-        hook = engine.runner.model.register_forward_pre_hook(hold)
+        hook = engine.runner.model.base_model.register_forward_pre_hook(hold)
         thread = threading.Thread(target=engine.step)
         thread.start()
         assert inside.wait(20)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.sampling import Combination, guided_logprobs, sample
 
 V = 23
@@ -19,10 +20,10 @@ def combination(plans: list[list[float]], candidates: list[int] | None = None) -
     """Requests given as lists of their rows' weights."""
     starts = np.cumsum([0, *[len(p) for p in plans]])[:-1]
     return Combination(
-        row_R=torch.arange(sum(map(len, plans))),
+        rows=tuple(range(sum(map(len, plans)))),
         request_R=torch.tensor([q for q, plan in enumerate(plans) for _ in plan]),
         weight_R=torch.tensor([w for plan in plans for w in plan]),
-        base_Q=torch.tensor(starts.tolist()),
+        bases=tuple(starts.tolist()),
         candidates_Q=None if candidates is None else torch.tensor(candidates),
         plain=all(plan == [1.0] for plan in plans),
     )
@@ -51,7 +52,7 @@ weights = st.lists(st.floats(-3, 3).filter(lambda w: abs(w) > 1e-3), min_size=1,
 def test_guided_logprobs_are_the_formula(plans: list[list[float]], whole: bool, seed: int, data: st.DataObject) -> None:
     logits_RV = torch.randn(sum(map(len, plans)), V, generator=torch.Generator().manual_seed(seed)) * 4
     ks = None if whole else [data.draw(st.integers(1, V + 5)) for _ in plans]
-    logprobs_QC, ids_QC = guided_logprobs(logits_RV, combination(plans, ks))
+    logprobs_QC, ids_QC = guided_logprobs(Outputs(logits_RV), combination(plans, ks))
     start = 0
     for q, plan in enumerate(plans):
         expected = formula(logits_RV[start : start + len(plan)].numpy(), plan, None if ks is None else ks[q])
@@ -67,13 +68,13 @@ def test_float64_logits_keep_their_precision() -> None:
     logits_RV = torch.randn(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     how = combination([[1.0, 1.5, -1.5]])
     how = replace(how, weight_R=how.weight_R.double())
-    got, _ = guided_logprobs(logits_RV, how)
+    got, _ = guided_logprobs(Outputs(logits_RV), how)
     expected = formula(logits_RV.numpy(), [1.0, 1.5, -1.5], None)
     np.testing.assert_allclose(got[0].numpy(), [expected[a] for a in range(V)], atol=1e-12)
 
 
-def known(*rows: list[float]) -> torch.Tensor:
-    return torch.tensor(rows).log()
+def known(*rows: list[float]) -> Outputs:
+    return Outputs(torch.tensor(rows).log())
 
 
 BASE = [0.5, 0.3, 0.15, 0.05]
@@ -114,8 +115,8 @@ def test_a_token_that_the_base_rules_out_stays_out_whatever_the_guide_likes() ->
 
 
 def test_one_requests_veto_leaves_the_others_alone() -> None:
-    logits = torch.cat([known(BASE, [0.0, 1 / 3, 1 / 3, 1 / 3]), known(BASE)])
-    got, _ = guided_logprobs(logits, combination([[1.0, 1.0], [1.0]]))
+    outputs = known(BASE, [0.0, 1 / 3, 1 / 3, 1 / 3]).then(known(BASE))
+    got, _ = guided_logprobs(outputs, combination([[1.0, 1.0], [1.0]]))
     torch.testing.assert_close(got[1].exp(), torch.tensor(BASE))
     assert got[0, 0] == -torch.inf
 
@@ -130,8 +131,8 @@ def test_linear_softmax_merging_and_ensembling_agree_to_rounding() -> None:
     one = combination([[1.0]] * 7)
     exact = torch.tensor(lam.tolist() * 7, dtype=torch.float64)
     many = replace(combination([lam.tolist()] * 7), weight_R=exact)
-    from_merge, _ = guided_logprobs(merged, one)
-    from_ensemble, _ = guided_logprobs(experts, many)
+    from_merge, _ = guided_logprobs(Outputs(merged), one)
+    from_ensemble, _ = guided_logprobs(Outputs(experts), many)
     np.testing.assert_allclose(from_merge.numpy(), from_ensemble.numpy(), atol=1e-12)
 
 
