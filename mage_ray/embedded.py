@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mage_ray.errors import UserError
-from mage_ray.files import atomic_path, locked
+from mage_ray.files import atomic_path, cache_folder, locked
 from mage_ray.quiet import quiet_transformers
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -34,11 +33,6 @@ _CONVERSION = 1
 _RECORD = "mage_ray.json"
 
 _log = logging.getLogger("mage_ray")
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``MAGE_RAY_CACHE``, else ``~/.cache/mage_ray``."""
-    return Path(os.environ.get("MAGE_RAY_CACHE") or "~/.cache/mage_ray").expanduser().absolute()
 
 
 def embedded_model_folder(thorough: bool = False) -> Path:

@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where what takes long to make is kept for later: ``MAGE_RAY_CACHE``, else ``~/.cache/mage_ray``."""
+    return Path(os.environ.get("MAGE_RAY_CACHE") or "~/.cache/mage_ray").expanduser().absolute()
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
 

@@ -41,6 +41,11 @@ class Attention:
             raise FieldError("model", f"attention by {kernel}", "sdpa or eager, which take a mask for each row")
         return cls(tuple(sorted(kinds)), window, kernel == "eager", model.dtype)
 
+    @property
+    def full(self) -> bool:
+        """Whether all layers see all that is before."""
+        return self.kinds == (_FULL,)
+
     def masks(self, position_BT: torch.Tensor, visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask [B, 1, T, L] of tokens at ``position_BT``, L = ``visible``; by kind where there are several."""
         by_kind = {kind: self._mask(kind, position_BT, visible) for kind in self.kinds}

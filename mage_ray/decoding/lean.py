@@ -1,7 +1,8 @@
 """Layers that do in a few operations what transformers' do in many: at small batch a step is bound by their number.
 
 A lean layer computes what the layer in its place does, from the same linears. Left out are only detours: normalisation
-in one kernel, queries and keys rotated together, no copies of keys for grouped queries.
+in one kernel, no copies of keys for grouped queries; on the CPU norms and residuals are part of the packed products
+(packed.c), and the rest of attention is one call (attend.c).
 
 Legend: B rows, T tokens, H query heads, G key-value heads, D head size, L positions, E hidden size.
 """
@@ -9,6 +10,7 @@ Legend: B rows, T tokens, H query heads, G key-value heads, D head size, L posit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,18 @@ from torch import nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
 from transformers import PreTrainedModel
 
-from mage_ray.merging.mixed_linear import MixedLinear
+from mage_ray.decoding.attend import FEW, attend, can_attend
+from mage_ray.decoding.attention import Attention
+from mage_ray.merging.mixed_linear import MixedLinear, SharedInput
+from mage_ray.merging.packed import Norm
+
+_Map = Callable[[torch.Tensor], torch.Tensor]
 
 _KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Pre-norm layers of RMS norms, rotary positions and a gated MLP."""
 
 
-def lighten(model: PreTrainedModel) -> Callable[[], None]:
+def lighten(model: PreTrainedModel, attention: Attention) -> Callable[[], None]:
     """Put lean layers in place of those of a known kind; returns what puts the original ones back.
 
     For models whose linears are in place already (AdapterBank.install) and whose attention is "sdpa".
@@ -34,7 +41,7 @@ def lighten(model: PreTrainedModel) -> Callable[[], None]:
     step = _Step()
     for i, layer in enumerate(originals):
         if type(layer).__name__ in _KNOWN:
-            layers[i] = LeanLayer(layer, step)
+            layers[i] = LeanLayer(layer, step, attention.full)
 
     def undo() -> None:
         for i, layer in enumerate(originals):
@@ -70,26 +77,32 @@ class _Step:
 class LeanLayer(nn.Module):
     """Stands in for one decoder layer. Without a cache and a mask of its own, the original runs."""
 
-    def __init__(self, original: nn.Module, step: _Step) -> None:
+    def __init__(self, original: nn.Module, step: _Step, full: bool) -> None:
         super().__init__()
         self.original = original
         attention: Any = original.self_attn
         mlp: Any = original.mlp
         norms: Any = (original.input_layernorm, original.post_attention_layernorm)
+        attending = [attention.q_proj, attention.k_proj, attention.v_proj]
+        head = int(attention.head_dim)
+        head_norms = (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        group, whole = _packed(attending), None
+        if group is not None and full and head_norms is None and can_attend(norms[0].weight, head):
+            whole = partial(group.fused, norm=_rms(norms[0]))
         # Outside of nn.Module's look-ups, which cost as much as a small operation.
         parts = {
             "step": step,
             "index": attention.layer_idx,
-            "head": attention.head_dim,
-            "scale": attention.scaling,
-            "qkv": _together([attention.q_proj, attention.k_proj, attention.v_proj]),
-            "out": _together([attention.o_proj]),
-            "gate_up": _together([mlp.gate_proj, mlp.up_proj]),
-            "down": _together([mlp.down_proj]),
+            "head": head,
+            "heads": (attention.q_proj.out_features // head, attention.k_proj.out_features // head),
+            "scale": float(attention.scaling),
+            "whole": whole,
+            "qkv": _normed(norms[0], attending),
+            "out": _added(attention.o_proj),
+            "gate_up": _normed(norms[1], [mlp.gate_proj, mlp.up_proj]),
+            "down": _added(mlp.down_proj),
             "act": silu if isinstance(mlp.act_fn, nn.SiLU) or mlp.act_fn is silu else mlp.act_fn,
-            "before": _norm(norms[0]),
-            "between": _norm(norms[1]),
-            "head_norms": (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+            "head_norms": head_norms,
         }
         object.__setattr__(self, "parts", tuple(parts.values()))
 
@@ -109,34 +122,80 @@ class LeanLayer(nn.Module):
                 past_key_values=past_key_values,
                 **others,
             )
-        step, index, head, scale, qkv, out, gate_up, down, act, before, between, head_norms = self.parts  # type: ignore[misc]
-        rows, tokens, _ = hidden_states.shape
-        q_BTx, k_BTx, v_BTx = qkv(before(hidden_states))
-        heads, kv_heads = q_BTx.shape[-1] // head, k_BTx.shape[-1] // head
-        step.prepare(*position_embeddings, attention_mask, heads // kv_heads)
-        q_BTHD = q_BTx.unflatten(-1, (heads, head))
-        k_BTGD = k_BTx.unflatten(-1, (kv_heads, head))
-        if head_norms is not None:
-            q_BTHD, k_BTGD = head_norms[0](q_BTHD), head_norms[1](k_BTGD)
-        q_BTHD, k_BTGD = step.rotated(q_BTHD), step.rotated(k_BTGD)
-        k_BGLD, v_BGLD = past_key_values.update(
-            k_BTGD.transpose(1, 2), v_BTx.unflatten(-1, (kv_heads, head)).transpose(1, 2), index
-        )
-        # The queries that share a key-value head are further tokens of it.
-        q_BGtD = q_BTHD.transpose(1, 2).reshape(rows, kv_heads, -1, head)
-        seen_BGtD = scaled_dot_product_attention(q_BGtD, k_BGLD, v_BGLD, attn_mask=step.mask_B1TL, scale=scale)
-        seen_BTx = seen_BGtD.reshape(rows, heads, tokens, head).transpose(1, 2).reshape(rows, tokens, -1)
-        x_BTE = hidden_states + out(seen_BTx)[0]
-        gate_BTM, up_BTM = gate_up(between(x_BTE))
-        return x_BTE + down(act(gate_BTM).mul_(up_BTM))[0]
+        step, index, head, heads, scale, whole, qkv, out, gate_up, down, act, head_norms = self.parts  # type: ignore[misc]
+        if whole is not None and hidden_states.shape[1] <= FEW:
+            qkv_BTx = whole(hidden_states)
+            seen_BTx = attend(qkv_BTx, *position_embeddings, past_key_values, index, heads, scale)
+        else:
+            step.prepare(*position_embeddings, attention_mask, heads[0] // heads[1])
+            seen_BTx = _look_back(step, past_key_values, index, head, heads, scale, head_norms, *qkv(hidden_states))
+        x_BTE = out(seen_BTx, hidden_states)
+        gate_BTM, up_BTM = gate_up(x_BTE)
+        return down(act(gate_BTM).mul_(up_BTM), x_BTE)
 
 
-def _together(linears: Sequence[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-    """The results of linears that get the same input; by one product where they are one group, in order."""
+def _look_back(
+    step: _Step,
+    cache: Any,
+    index: int,
+    head: int,
+    heads: tuple[int, int],
+    scale: float,
+    head_norms: tuple[_Map, _Map] | None,
+    q_BTx: torch.Tensor,
+    k_BTx: torch.Tensor,
+    v_BTx: torch.Tensor,
+) -> torch.Tensor:
+    """What the queries see, [B, T, H * D], by PyTorch's own attention."""
+    rows, tokens, _ = q_BTx.shape
+    q_BTHD = q_BTx.unflatten(-1, (heads[0], head))
+    k_BTGD = k_BTx.unflatten(-1, (heads[1], head))
+    if head_norms is not None:
+        q_BTHD, k_BTGD = head_norms[0](q_BTHD), head_norms[1](k_BTGD)
+    q_BTHD, k_BTGD = step.rotated(q_BTHD), step.rotated(k_BTGD)
+    k_BGLD, v_BGLD = cache.update(k_BTGD.transpose(1, 2), v_BTx.unflatten(-1, (heads[1], head)).transpose(1, 2), index)
+    # The queries that share a key-value head are further tokens of it.
+    q_BGtD = q_BTHD.transpose(1, 2).reshape(rows, heads[1], -1, head)
+    seen_BGtD = scaled_dot_product_attention(q_BGtD, k_BGLD, v_BGLD, attn_mask=step.mask_B1TL, scale=scale)
+    return seen_BGtD.reshape(rows, heads[0], tokens, head).transpose(1, 2).reshape(rows, tokens, -1)
+
+
+def _packed(linears: Sequence[nn.Module]) -> SharedInput | None:
+    """The packed group that these linears are, in order."""
+    group = _group(linears)
+    return group if group is not None and group.packed else None
+
+
+def _group(linears: Sequence[nn.Module]) -> SharedInput | None:
     first = linears[0]
-    if isinstance(first, MixedLinear) and first.leads(linears):
-        return first.results
-    return lambda x: [linear(x) for linear in linears]
+    return first.leads(linears) if isinstance(first, MixedLinear) else None
+
+
+def _normed(module: nn.Module, linears: Sequence[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """What linears make of one input after its norm; by one product where they are one group, in order."""
+    if (packed := _packed(linears)) is not None:
+        norm, split = _rms(module), packed.split
+        return lambda x: split(packed.fused(x, norm))
+    norm_of, group = _norm(module), _group(linears)
+    if group is not None:
+        return lambda x: group.results(norm_of(x))
+
+    def each(x: torch.Tensor) -> list[torch.Tensor]:
+        normed = norm_of(x)
+        return [linear(normed) for linear in linears]
+
+    return each
+
+
+def _added(linear: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(x, residual) -> residual + linear(x)."""
+    if (packed := _packed([linear])) is not None:
+        return lambda x, residual: packed.fused(x, None, residual)
+    return lambda x, residual: residual + linear(x)
+
+
+def _rms(module: Any) -> Norm:
+    return Norm(module.weight.detach(), float(module.variance_epsilon))
 
 
 def _norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

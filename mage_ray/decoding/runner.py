@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mage_ray.decoding.attend import FEW
 from mage_ray.decoding.attention import Attention
 from mage_ray.decoding.graphs import StepGraphs
 from mage_ray.decoding.lean import lighten
@@ -299,7 +300,7 @@ class RowRunner:
 
         Everything that changes from step to step is in tensors, so that it can be captured.
         """
-        self._slots.open(slots, place_B, written_BT, visible)
+        self._slots.open(slots, place_B, position_BT, written_BT, visible)
         inputs = {
             "input_ids": input_BT,
             "position_ids": position_BT,
@@ -317,11 +318,14 @@ class RowRunner:
 
     @torch.inference_mode()
     def _probe(self, layers: int) -> torch.Tensor:
-        """What ``_run`` gives for a forward over all kinds of positions, which also shows the size of a slot.
+        """What ``_run`` gives for forwards of few tokens and of many, which also shows the size of a slot.
 
         A model that can't be run here fails now.
         """
-        tokens = min(self.length, 4)
+        few, many = (self._probed(layers, min(self.length, tokens)) for tokens in (4, 2 * FEW))
+        return torch.cat([few, many])
+
+    def _probed(self, layers: int, tokens: int) -> torch.Tensor:
         self._slots = KVSlots(layers, 1, tokens)
         self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
         token_1T = torch.arange(tokens, device=self.model.device)[None]
@@ -335,7 +339,7 @@ class RowRunner:
         def same(got_TV: torch.Tensor) -> bool:
             return bool((got_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max())
 
-        undo = lighten(self.model)
+        undo = lighten(self.model, self._attention)
         if not same(self._probe(layers)):
             undo()
         if head is not None:

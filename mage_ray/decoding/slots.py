@@ -16,46 +16,51 @@ _GROWTH = 64
 """Positions are allocated in steps of this many, as rows get there, unless shapes are fixed."""
 
 
-class _Window:
-    """Which slots the running forward reads, where it writes, and how far it may look."""
+class Window:
+    """Which slots the running forward reads, where it writes, and how far it may look.
+
+    Row b's slot begins at ``start_B`` of all positions of all slots; its tokens are at ``position_BT`` in it, and are
+    written to ``write_N`` of all positions, N = B * T.
+    """
 
     def __init__(self) -> None:
         self.slots: slice | torch.Tensor = slice(0, 0)
         self.visible = self.capacity = 0
-        self.write_N = torch.empty(0, dtype=torch.long)
+        self.start_B = self.position_BT = self.write_N = torch.empty(0, dtype=torch.long)
 
 
 class _SlotLayer(CacheLayerMixin):
-    def __init__(self, window: _Window, slots: int, length: int) -> None:
+    def __init__(self, window: Window, slots: int, length: int) -> None:
         super().__init__()
         self._window, self._slots, self._length = window, slots, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # Positions before heads: what a forward writes is then contiguous, as the projections made it.
-        capacity = self._window.capacity
-        self.keys = key_states.new_zeros(self._slots, capacity, key_states.shape[1], key_states.shape[3])
-        self.values = value_states.new_zeros(self._slots, capacity, value_states.shape[1], value_states.shape[3])
-        self.is_initialized = True
+        self.whole(key_states.shape[1], key_states.shape[3], key_states)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def whole(self, heads: int, head: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, [S, L, H, D] each, with the positions that the running forward needs."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            # Positions before heads: what a forward writes is then contiguous, as the projections made it.
+            self.keys = like.new_zeros(self._slots, self._window.capacity, heads, head)
+            self.values = torch.zeros_like(self.keys)
+            self.is_initialized = True
         assert self.keys is not None and self.values is not None
-        w = self._window
-        more = w.capacity - self.keys.shape[1]
+        more = self._window.capacity - self.keys.shape[1]
         if more > 0:
             # The place of padding comes within sight, and what is there need not be finite.
             self.keys[:, -1] = self.values[:, -1] = 0
             self.keys = pad(self.keys, (0, 0, 0, 0, 0, more))
             self.values = pad(self.values, (0, 0, 0, 0, 0, more))
-        self.keys.flatten(0, 1).index_copy_(0, w.write_N, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.flatten(0, 1).index_copy_(0, w.write_N, value_states.transpose(1, 2).flatten(0, 1))
-        return (
-            self.keys[w.slots, : w.visible].transpose(1, 2),
-            self.values[w.slots, : w.visible].transpose(1, 2),
-        )
+        return self.keys, self.values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.whole(key_states.shape[1], key_states.shape[3], key_states)
+        w = self._window
+        keys.flatten(0, 1).index_copy_(0, w.write_N, key_states.transpose(1, 2).flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, w.write_N, value_states.transpose(1, 2).flatten(0, 1))
+        return keys[w.slots, : w.visible].transpose(1, 2), values[w.slots, : w.visible].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._window.visible, 0
@@ -76,9 +81,9 @@ class KVSlots(Cache):
     """
 
     def __init__(self, layers: int, slots: int, length: int, fixed: bool = False) -> None:
-        self._window = _Window()
-        self._own = [_SlotLayer(self._window, slots, length) for _ in range(layers)]
-        self._window.capacity = self.capacity(length) if fixed else 0
+        self.window = Window()
+        self._own = [_SlotLayer(self.window, slots, length) for _ in range(layers)]
+        self.window.capacity = self.capacity(length) if fixed else 0
         super().__init__(layers=list(self._own))
 
     @staticmethod
@@ -88,17 +93,29 @@ class KVSlots(Cache):
 
     def padding(self, visible: int) -> int:
         """The position to which a forward that looks at ``visible`` ones writes its padding: the last of each slot."""
-        return max(self._window.capacity, self.capacity(visible)) - 1
+        return max(self.window.capacity, self.capacity(visible)) - 1
 
-    def open(self, slots: slice | torch.Tensor, first_B: torch.Tensor, written_BT: torch.Tensor, visible: int) -> None:
-        """Aim the next forward at ``slots``, numbered ``first_B``: it writes to ``written_BT``, looks at ``visible``.
+    def open(
+        self,
+        slots: slice | torch.Tensor,
+        place_B: torch.Tensor,
+        position_BT: torch.Tensor,
+        written_BT: torch.Tensor,
+        visible: int,
+    ) -> None:
+        """Aim the next forward at ``slots``, numbered ``place_B``: it writes to ``written_BT``, looks at ``visible``.
 
         Padding is written to ``padding(visible)``, which nobody looks at.
         """
-        w = self._window
+        w = self.window
         w.slots, w.visible = slots, visible
         w.capacity = max(w.capacity, self.capacity(visible))
-        w.write_N = (first_B[:, None] * w.capacity + written_BT).flatten()
+        w.start_B, w.position_BT = place_B * w.capacity, position_BT
+        w.write_N = (w.start_B[:, None] + written_BT).flatten()
+
+    def whole(self, layer: int, heads: int, head: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, [S, L, H, D] each, with the positions that the running forward needs."""
+        return self._own[layer].whole(heads, head, like)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [t for layer in self._own for t in (layer.keys, layer.values) if t is not None]

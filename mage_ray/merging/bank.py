@@ -87,9 +87,9 @@ class AdapterBank:
     def install(self, model: PreTrainedModel) -> RowMix:
         """Build the experts into the model and lay out its linears for decoding; from then on the model is the bank's.
 
-        Linears of one input become one product (SharedInput), on the CPU in MKL's layout (packed.py), whether experts
-        touch them or not: a bank of no experts is the way to decode fast with the bare model. Their own weights are
-        freed, but for those that another module uses, too. The model must be on its device already, and it can't be
+        Linears of one input become one product (SharedInput), on the CPU in a layout of their own (packed.py), whether
+        experts touch them or not: a bank of no experts is the way to decode fast with the bare model. Their own weights
+        are freed, but for those that another module uses, too. The model must be on its device already, and it can't be
         trained any more.
 
         Raises FieldError when an expert doesn't fit the model.

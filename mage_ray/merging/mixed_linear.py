@@ -8,17 +8,18 @@ Legend: B batch rows, T tokens, M = B * T, i/o in and out features, R stacked ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from mage_ray.merging.adapter import Factors
-from mage_ray.merging.packed import projection
+from mage_ray.merging.packed import Norm, PackedLinears, can_pack
 
 
 class RowMix:
@@ -102,9 +103,9 @@ class Parts:
 class SharedInput:
     """Linears that get the same input, as one product ``[W_1; ..; W_n; A_1; ..; A_n] x``.
 
-    A_j [R_j, i] stacks the ``down`` of all experts of member j. Then ``B_j diag(coefficient * scale) A_j x`` is added
-    to the part of member j, so that each equals the full merge ``W + sum_k lam_k s_k B_k A_k`` exactly, whatever the
-    ranks (METHOD.md section 4). Derived; the stacking is plain linear algebra.
+    A_j [R_j, i] stacks the ``down`` of all experts of member j. To the part of member j is added
+    ``B_j diag(coefficient * scale) A_j x``, so that each equals the full merge ``W + sum_k lam_k s_k B_k A_k`` exactly,
+    whatever the ranks (METHOD.md section 4). Derived; the stacking is plain linear algebra.
     """
 
     def __init__(
@@ -116,46 +117,29 @@ class SharedInput:
     ) -> None:
         """``factors`` of each linear by expert; ``layouts`` are those of other groups by content, and grow."""
         weights = [weight_oi(module) for module in linears]
+        biases: list[Any] = [module.bias for module in linears]
         like = weights[0]
         owned = [(k, f) for by_expert in factors for k, f in by_expert.items()]
-        downs = [f.down.to(like) for _, f in owned]
-        rank = sum(len(down) for down in downs)
-        biases = [module.bias for module in linears]
-        bias = None
-        if any(b is not None for b in biases):
-            shares = [
-                b if isinstance(b, torch.Tensor) else like.new_zeros(len(w))
-                for w, b in zip(weights, biases, strict=True)
-            ]
-            bias = torch.cat([*shares, like.new_zeros(rank)]).detach()
-        stacked = torch.cat([*weights, *downs]).detach() if len(weights) + len(downs) > 1 else like
-        self._project = projection(stacked, bias)
         self._mix = mix
-        self._width = len(stacked)
         self._outs = [len(w) for w in weights]
-        self._sizes = [*self._outs, rank] if rank else self._outs
-        self._plain = len(self._sizes) == 1
-        self._alone = len(linears) == 1
         self.size = len(linears)
-        # Members without experts have no product in rank space.
-        self._mixed = [j for j, by_expert in enumerate(factors) if by_expert]
-        self._ranks = [sum(len(f.down) for f in factors[j].values()) for j in self._mixed]
-        self._ups = [
-            torch.cat([f.up for f in factors[j].values()], dim=1).to(like).t().contiguous() for j in self._mixed
-        ]
-        if rank:
+        self._layout: Layout | None = None
+        if owned:
             experts = tuple(k for k, f in owned for _ in range(len(f.down)))
             scales = tuple(f.scale for _, f in owned for _ in range(len(f.down)))
             if (experts, scales) not in layouts:
                 layouts[experts, scales] = Layout(experts, scales, like)
             self._layout = layouts[experts, scales]
+        self._multiply = (
+            PackedLinears(weights, biases, factors) if can_pack(like) else _Stacked(weights, biases, factors)
+        )
 
     def part(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """The result of one member. The first that is called with a tensor computes those of the others, too.
 
         They are given to the others only within the same forward of the model and for the same tensor object.
         """
-        if self._alone:
+        if self.size == 1:
             return self.results(x)[0]
         pending = self._mix.pending
         held = pending.get(self)
@@ -177,21 +161,63 @@ class SharedInput:
 
     def results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The results of all members, [..., out] each; views of one tensor, which is theirs alone."""
-        if self._plain:
-            return (self._project(x),)
-        if not self._ups or not self._mix.active:
-            return self._project(x).split_with_sizes(self._sizes, -1)
-        shape = x.shape
-        diagonal_MR = self._mix.diagonal(self._layout, shape)
-        parts_Mo = self._project(x).view(-1, self._width).split_with_sizes(self._sizes, 1)
-        z_MR = parts_Mo[-1] * diagonal_MR
-        if len(self._ups) == 1:
-            parts_Mo[self._mixed[0]].addmm_(z_MR, self._ups[0])
-        else:
-            for j, z_Mr, up_ro in zip(self._mixed, z_MR.split_with_sizes(self._ranks, 1), self._ups, strict=True):
-                parts_Mo[j].addmm_(z_Mr, up_ro)
-        rows, tokens, _ = shape
-        return [part_Mo.view(rows, tokens, out) for part_Mo, out in zip(parts_Mo, self._outs, strict=False)]
+        y = self._multiply(x, self._diagonal(x))
+        return (y,) if self.size == 1 else self.split(y)
+
+    def split(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The results of all members, [..., out] each, of which ``y`` holds all, beside each other."""
+        return y.split_with_sizes(self._outs, -1)
+
+    def fused(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """All members' results beside each other, of x after its norm, plus the residual. For packed groups."""
+        assert isinstance(self._multiply, PackedLinears)
+        return self._multiply(x, self._diagonal(x), norm, residual)
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are packed."""
+        return isinstance(self._multiply, PackedLinears)
+
+    def _diagonal(self, x: torch.Tensor) -> torch.Tensor | None:
+        layout = self._layout
+        return self._mix.diagonal(layout, x.shape) if layout is not None and self._mix.active else None
+
+
+class _Stacked:
+    """What PackedLinears computes, by PyTorch's own products: one for all weights, one for each member's ranks."""
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        factors: Sequence[Mapping[int, Factors]],
+    ) -> None:
+        like = weights[0]
+        downs = [f.down.to(like) for by_expert in factors for f in by_expert.values()]
+        rank = sum(map(len, downs))
+        self._outs = [len(w) for w in weights]
+        self._stacked = torch.cat([*weights, *downs]).detach() if len(weights) + len(downs) > 1 else like.detach()
+        self._bias: torch.Tensor | None = None
+        if any(b is not None for b in biases):
+            shares = [like.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            self._bias = torch.cat([*shares, like.new_zeros(rank)]).detach()
+        # Members without experts have no product in rank space.
+        self._mixed = [j for j, by_expert in enumerate(factors) if by_expert]
+        self._ranks = [sum(len(f.down) for f in factors[j].values()) for j in self._mixed]
+        self._ups = [torch.cat([f.up for f in factors[j].values()], dim=1).to(like).t() for j in self._mixed]
+
+    def __call__(self, x: torch.Tensor, d_MR: torch.Tensor | None) -> torch.Tensor:
+        """[..., out] from x [..., in]; without ``d`` the linears alone."""
+        y = linear(x, self._stacked, self._bias)
+        outputs = sum(self._outs)
+        if d_MR is None:
+            return y[..., :outputs]
+        y_Mo = y.view(-1, y.shape[-1])
+        parts_Mo = y_Mo[:, :outputs].split_with_sizes(self._outs, 1)
+        zs_Mr = (y_Mo[:, outputs:] * d_MR).split_with_sizes(self._ranks, 1)
+        for j, z_Mr, up_ro in zip(self._mixed, zs_Mr, self._ups, strict=True):
+            parts_Mo[j].addmm_(z_Mr, up_ro)
+        return y[..., :outputs]
 
 
 class MixedLinear(nn.Module):
@@ -206,17 +232,13 @@ class MixedLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._group.part(self._member, input)
 
-    def leads(self, members: Sequence[nn.Module]) -> bool:
-        """Whether these are all members of its group, in order, itself the first."""
-        return len(members) == self._group.size and all(
+    def leads(self, members: Sequence[nn.Module]) -> SharedInput | None:
+        """The group, if these are all its members, in order, itself the first."""
+        whole = len(members) == self._group.size and all(
             isinstance(other, MixedLinear) and other._group is self._group and other._member == j
             for j, other in enumerate(members)
         )
-
-    @property
-    def results(self) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-        """Computes what all members of the group make of one input, [..., out] each, at once."""
-        return self._group.results
+        return self._group if whole else None
 
 
 def weight_oi(module: nn.Module) -> torch.Tensor:

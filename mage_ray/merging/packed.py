@@ -1,64 +1,162 @@
-"""A weight laid out once for MKL: float32 on the CPU multiplies faster by it, most of all by few rows.
+"""Linears of one input and their experts as one product on the CPU, in float32: packed.c, compiled on first use.
 
-Legend: M rows of the input, o out and i in features.
+Decoding multiplies all weights by a few rows, which math libraries do in twice the time that reading the weights takes,
+or more; and the experts' small products cost a call each. Here all is one call, at about the speed of memory. A row's
+results are the same to the last bit whatever rows are beside it.
+
+Where there is no C compiler, PyTorch's own products do the same (mixed_linear.py), more slowly.
+
+Legend: M rows of the input, i input features, o output features, R stacked ranks, W outputs of a panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.functional import linear
 
-_PACKED_FOR = 64
-"""Rows that a weight is packed for. Of 1, 8, 16 and 64 it was the fastest at 1 to 128 rows (SmolLM2's linears)."""
+from mage_ray.merging.adapter import Factors
+from mage_ray.native import library
 
-
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether ``projection`` packs this weight: float32 on the CPU, where ``mkl_is_exact``."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and mkl_is_exact()
+_WIDTH = 16
+_PANEL = np.dtype([("column", "i4"), ("count", "i4"), ("first", "i4"), ("ranks", "i4"), ("up", "i8")])
 
 
-def projection(weight_oi: torch.Tensor, bias_o: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function x [..., i] -> x @ weight.T + bias [..., o], contiguous. A packed weight itself isn't kept."""
-    if can_pack(weight_oi):
-        return _packed(weight_oi, bias_o)
-    return partial(linear, weight=weight_oi, bias=bias_o)
+class _Group(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("inputs", "outputs", "ranks", "panels", "rank_panels")),
+        *((name, ctypes.c_void_p) for name in ("panel", "weights", "biases", "ups")),
+    )
+
+
+def can_pack(weight_oi: torch.Tensor) -> bool:
+    """Whether PackedLinears takes this weight: float32 on the CPU, where the library can be built."""
+    return weight_oi.device.type == "cpu" and weight_oi.dtype == torch.float32 and _library() is not None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: ``weight * x / sqrt(mean(x^2) + epsilon)``; the weight in float32 on the CPU."""
+
+    weight_i: torch.Tensor
+    epsilon: float
+
+
+class PackedLinears:
+    """``y_j = W_j x + b_j + B_j diag(d_j) A_j x`` of all members j of a group, beside each other.
+
+    ``factors`` of each member by expert; their ranks are stacked in that order, member by member, in ``d``. The
+    weights are copied. Source: METHOD.md section 4; the layout is derived.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        factors: Sequence[Mapping[int, Factors]],
+    ) -> None:
+        made = _library()
+        assert made is not None, "can_pack first"
+        self._library = made
+        self.inputs = weights[0].shape[1]
+        self.outputs = sum(map(len, weights))
+        self.ranks = sum(len(f.down) for by_expert in factors for f in by_expert.values())
+        panels: list[tuple[int, ...]] = []
+        rank_panels: list[tuple[int, ...]] = []
+        parts, downs, ups = [], [], []
+        column = rank = up = 0
+        for weight_oi, by_expert in zip(weights, factors, strict=True):
+            first, ranks = len(rank_panels) * _WIDTH, sum(len(f.down) for f in by_expert.values())
+            for start in range(0, len(weight_oi), _WIDTH):
+                panels.append((column + start, min(_WIDTH, len(weight_oi) - start), first, ranks, up))
+                up += ranks * _WIDTH
+            parts.append(_panels(weight_oi))
+            if by_expert:
+                ups.append(_panels(torch.cat([f.up.to(weight_oi) for f in by_expert.values()], dim=1)).flatten())
+                downs.append(_panels(torch.cat([f.down.to(weight_oi) for f in by_expert.values()])))
+                for start in range(0, ranks, _WIDTH):
+                    rank_panels.append((rank + start, min(_WIDTH, ranks - start), 0, 0, 0))
+            column += len(weight_oi)
+            rank += ranks
+        self._panels = np.array([*panels, *rank_panels], dtype=_PANEL)
+        self._weights = torch.cat([*parts, *downs])
+        self._ups = torch.cat(ups) if ups else torch.empty(0)
+        self._biases: torch.Tensor | None = None
+        if any(b is not None for b in biases):
+            shares = [
+                torch.zeros(len(w)) if b is None else b.detach().float() for w, b in zip(weights, biases, strict=True)
+            ]
+            self._biases = torch.cat([_panels(share[:, None])[:, 0] for share in shares])
+        group = _Group(
+            self.inputs,
+            self.outputs,
+            self.ranks,
+            len(panels),
+            len(rank_panels),
+            self._panels.ctypes.data,
+            self._weights.data_ptr(),
+            None if self._biases is None else self._biases.data_ptr(),
+            self._ups.data_ptr(),
+        )
+        self._group = ctypes.byref(group)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        d_MR: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[..., o] from x [..., i]; without ``d`` the linears alone. Raises TypeError for other dtypes or devices.
+
+        ``norm`` normalises x first; ``residual`` [..., o] is added to the result.
+        """
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise TypeError(f"packed weights: got {x.dtype} on {x.device}, allowed: torch.float32 on cpu")
+        x = x.contiguous()
+        rows = x.numel() // self.inputs
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        if rows == 0:
+            return y
+        scratch = x.new_empty(self._library.packed_scratch(self._group, rows))
+        # Named, so that they live until the call is over.
+        d_MR = None if d_MR is None else d_MR.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        self._library.packed_multiply(
+            self._group,
+            x.data_ptr(),
+            None if d_MR is None else d_MR.data_ptr(),
+            None if norm is None else norm.weight_i.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            scratch.data_ptr(),
+            0.0 if norm is None else norm.epsilon,
+            rows,
+            torch.get_num_threads(),
+        )
+        return y
+
+
+def _panels(weight_oi: torch.Tensor) -> torch.Tensor:
+    """[panels, i, W], the last panel filled up with zeros."""
+    outputs, inputs = weight_oi.shape
+    count = -(-outputs // _WIDTH)
+    padded = weight_oi.new_zeros(count * _WIDTH, inputs)
+    padded[:outputs] = weight_oi.detach()
+    return padded.view(count, _WIDTH, inputs).transpose(1, 2).contiguous()
 
 
 @cache
-def mkl_is_exact() -> bool:
-    """Whether a weight packed for one number of rows multiplies right by others, as tried once in this process.
-
-    MKL asks for the same number at both ends, so this rests on how it behaves here, not on its word.
-    """
-    if not torch.backends.mkl.is_available():
-        return False
-    dice = torch.Generator().manual_seed(0)
-    weight_oi = torch.randn(515, 1537, generator=dice)
-    bias_o = torch.randn(515, generator=dice)
-    try:
-        multiply = _packed(weight_oi, bias_o)
-        for m in (1, 2, 3, 7, 24, _PACKED_FOR, _PACKED_FOR + 1, 300):
-            x_Mi = torch.randn(m, 1537, generator=dice)
-            exact_Mo = x_Mi.double() @ weight_oi.double().T + bias_o.double()
-            if not torch.allclose(multiply(x_Mi).double(), exact_Mo, rtol=0, atol=2e-3):
-                return False
-    except (AttributeError, NotImplementedError, RuntimeError):  # these operators are PyTorch's own affair
-        return False
-    return True
-
-
-def _packed(weight_oi: torch.Tensor, bias_o: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    multiply = torch.ops.mkl._mkl_linear
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight_oi.detach().contiguous(), _PACKED_FOR)
-    # The operator reads the plain weight only when its last argument isn't the number of rows, else just the shape.
-    shape_oi = weight_oi.new_zeros(1).expand(weight_oi.shape)
-    features = weight_oi.shape[1]
-
-    def project(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = multiply(x, packed, shape_oi, bias_o, x.numel() // features)
-        return result
-
-    return project
+def _library() -> ctypes.CDLL | None:
+    made = library(Path(__file__).with_suffix(".c"))
+    if made is not None:
+        made.packed_scratch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        made.packed_scratch.restype = ctypes.c_int64
+        made.packed_multiply.argtypes = [*[ctypes.c_void_p] * 7, ctypes.c_float, ctypes.c_int64, ctypes.c_int]
+        made.packed_multiply.restype = None
+    return made
