@@ -41,10 +41,10 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(folder: Path, seed: int = 0, **config_overrides: Any) -> Path:
-    """Save a random Llama (hidden 32, 2 layers, 4 heads, 2 kv heads, float32) and its tokenizer; return ``folder``.
+    """Save a random Llama (hidden 32, 2 layers, 4 heads of 16, 2 kv heads, float32) and its tokenizer.
 
-    The same seed gives the same weights. The initial weights are wide enough that the next-token distribution
-    depends on the context; ``config_overrides`` go to ``LlamaConfig``.
+    Returns ``folder``. The same seed gives the same weights. The initial weights are wide enough that the next-token
+    distribution depends on the context; ``config_overrides`` go to ``LlamaConfig``.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,6 +57,7 @@ def make_tiny_model(folder: Path, seed: int = 0, **config_overrides: Any) -> Pat
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 16,
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
         "bos_token_id": tokenizer.bos_token_id,

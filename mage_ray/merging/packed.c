@@ -175,7 +175,8 @@ void packed_multiply(const Group *g, const float *x, const float *d, const float
             const int end = begin + turn < g->panels ? begin + turn : g->panels;
             for (int p = begin, beside; p < end; p += beside) {
                 /* Panels that go together add the same ranks. */
-                const int alike = p + size.side <= end && g->panel[p].first == g->panel[p + size.side - 1].first;
+                const Panel *const here = g->panel + p, *const last = here + size.side - 1;
+                const int alike = p + size.side <= end && here->first == last->first && here->ranks == last->ranks;
                 beside = alike ? size.side : 1;
                 for (int64_t b = 0; b < blocks; b++) {
                     (alike ? size.several : size.single)(

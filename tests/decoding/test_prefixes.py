@@ -325,17 +325,21 @@ def test_common_length_is_what_counting_gives(one: list[int], other: list[int]) 
 
 
 class Plainly:
-    """What PrefixStore promises, written out: kept sequences, least recently used first."""
+    """What PrefixStore promises, written out: kept sequences, least recently used first, with when they came.
+
+    Of several that do equally well, the one that came first is used.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.kept: OrderedDict[tuple[int, tuple[int, ...]], None] = OrderedDict()
+        self.kept: OrderedDict[tuple[int, tuple[int, ...]], int] = OrderedDict()
+        self.came = 0
 
     def find(self, row: int, goal: tuple[int, ...]) -> int:
         shares = {key: common_length(key[1], goal) for key in self.kept if key[0] == row}
         best = max(shares.values(), default=0)
         if best > 0:
-            self.kept.move_to_end(next(key for key, n in shares.items() if n == best))
+            self.kept.move_to_end(min((key for key, n in shares.items() if n == best), key=self.kept.__getitem__))
         return best
 
     def add(self, row: int, tokens: tuple[int, ...]) -> None:
@@ -343,10 +347,11 @@ class Plainly:
             return
         covering = [key for key in self.kept if key[0] == row and key[1][: len(tokens)] == tokens]
         if covering:
-            self.kept.move_to_end(covering[0])
+            self.kept.move_to_end(min(covering, key=self.kept.__getitem__))
             return
-        self.kept = OrderedDict((k, None) for k in self.kept if k[0] != row or tokens[: len(k[1])] != k[1])
-        self.kept[row, tokens] = None
+        self.kept = OrderedDict((k, n) for k, n in self.kept.items() if k[0] != row or tokens[: len(k[1])] != k[1])
+        self.came += 1
+        self.kept[row, tokens] = self.came
         while sum(len(key[1]) for key in self.kept) > self.capacity:
             self.kept.popitem(last=False)
 

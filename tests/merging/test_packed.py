@@ -1,112 +1,190 @@
-"""Packed weights against float64, and the way back to plain ones where MKL isn't or doesn't do as it did."""
+"""The packed product against float64, its rows against themselves in other company, and the way without a compiler.
+
+Legend: M rows, i input and o output features, R ranks.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mage_ray.merging import packed
-from mage_ray.merging.packed import can_pack, mkl_is_exact, projection
+from mage_ray.merging.adapter import Factors
+from mage_ray.merging.packed import Norm, PackedLinears, can_pack
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1, 1)), reason="there is no C compiler")
 
 
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    mkl_is_exact.cache_clear()
-    yield
-    mkl_is_exact.cache_clear()
+class Group:
+    """Random linears of one input, with and without experts and biases, and what they compute, in float64."""
+
+    def __init__(self, inputs: int, members: Sequence[tuple[int, Sequence[int], bool]], seed: int = 0) -> None:
+        """``members``: output features, the rank of each expert (0: not touched), whether there is a bias."""
+        self.dice = torch.Generator().manual_seed(seed)
+        self.inputs = inputs
+        self.weights = [self.random(o, inputs) for o, _, _ in members]
+        self.biases = [self.random(o) if bias else None for o, _, bias in members]
+        self.factors = [
+            {k: Factors(self.random(r, inputs), self.random(o, r), 1.0) for k, r in enumerate(ranks) if r}
+            for o, ranks, _ in members
+        ]
+        self.ranks = sum(len(f.down) for by_expert in self.factors for f in by_expert.values())
+        self.outputs = sum(o for o, _, _ in members)
+        self.packed = PackedLinears(self.weights, self.biases, self.factors)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.dice)
+
+    def exact(
+        self, x: torch.Tensor, d: torch.Tensor | None, norm: Norm | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = x.double().flatten(0, -2)
+        if norm is not None:
+            x = norm.weight_i.double() * x / (x.square().mean(-1, keepdim=True) + norm.epsilon).sqrt()
+        parts, column = [], 0
+        for weight, bias, by_expert in zip(self.weights, self.biases, self.factors, strict=True):
+            y = x @ weight.double().T + (0 if bias is None else bias.double())
+            for f in by_expert.values():
+                if d is not None:
+                    z = (x @ f.down.double().T) * d[:, column : column + len(f.down)].double()
+                    y = y + z @ f.up.double().T
+                column += len(f.down)
+            parts.append(y)
+        whole = torch.cat(parts, -1)
+        return whole if residual is None else whole + residual.double().flatten(0, -2)
 
 
-def product(
-    shape: tuple[int, ...], out: int, bias: bool, transposed: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """x, a weight, a bias and what they give in float64."""
-    dice = torch.Generator().manual_seed(out)
-    x = torch.randn(shape, generator=dice)
-    weight_oi = torch.randn(out, shape[-1], generator=dice)
-    if transposed:
-        weight_oi = weight_oi.t().contiguous().t()
-    bias_o = torch.randn(out, generator=dice) if bias else None
-    exact = x.double() @ weight_oi.double().T + (0 if bias_o is None else bias_o.double())
-    return x, weight_oi, bias_o, exact
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    shape=st.one_of(
-        st.tuples(st.integers(1, 200), st.integers(1, 300)),
-        st.tuples(st.integers(1, 24), st.integers(1, 9), st.integers(1, 300)),
-    ),
-    out=st.integers(1, 300),
-    bias=st.booleans(),
-    transposed=st.booleans(),
+members = st.lists(
+    st.tuples(st.integers(1, 70), st.lists(st.integers(0, 20), max_size=3), st.booleans()), min_size=1, max_size=3
 )
-def test_any_shape_is_exact_to_float32(shape: tuple[int, ...], out: int, bias: bool, transposed: bool) -> None:
-    x, weight_oi, bias_o, exact = product(shape, out, bias, transposed)
-    got = projection(weight_oi, bias_o)(x)
-    assert got.is_contiguous() and got.shape == exact.shape
-    torch.testing.assert_close(got.double(), exact, rtol=0, atol=3e-6 * shape[-1])
 
 
-def test_rows_of_a_view_and_another_number_of_threads() -> None:
-    x, weight_oi, bias_o, exact = product((8, 2, 300), 70, True)
-    project, threads = projection(weight_oi, bias_o), torch.get_num_threads()
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 30), st.integers(1, 90)),
+    inputs=st.integers(1, 130),
+    members=members,
+    mixed=st.booleans(),
+    normed=st.booleans(),
+    added=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_group_is_exact_to_float32(
+    rows: int,
+    inputs: int,
+    members: list[tuple[int, list[int], bool]],
+    mixed: bool,
+    normed: bool,
+    added: bool,
+    seed: int,
+) -> None:
+    group = Group(inputs, members, seed)
+    x = group.random(rows, 1, inputs)
+    d = group.random(rows, group.ranks) if mixed and group.ranks else None
+    norm = Norm(group.random(inputs), 1e-3) if normed else None
+    residual = group.random(rows, 1, group.outputs) if added else None
+    got = group.packed(x, d, norm, residual)
+    assert got.shape == (rows, 1, group.outputs) and got.is_contiguous()
+    exact = group.exact(x, d, norm, residual)
+    torch.testing.assert_close(
+        got.double().flatten(0, 1), exact, rtol=1e-4, atol=1e-4 * max(1.0, float(exact.abs().max()))
+    )
+
+
+SEVERAL = Group(150, [(37, (5, 16), True), (64, (), False), (100, (0, 33), False)])
+
+
+def test_a_row_is_the_same_to_the_last_bit_whatever_is_beside_it() -> None:
+    x, d = SEVERAL.random(64, 150), SEVERAL.random(64, SEVERAL.ranks)
+    alone = torch.cat([SEVERAL.packed(x[m : m + 1], d[m : m + 1]) for m in range(64)])
+    for rows in range(2, 65):
+        assert torch.equal(SEVERAL.packed(x[:rows], d[:rows]), alone[:rows]), rows
+
+
+def test_views_and_other_numbers_of_threads() -> None:
+    x, d = SEVERAL.random(9, 3, 150), SEVERAL.random(9, 2 * SEVERAL.ranks)
+    expected = SEVERAL.packed(x[:, 1].clone(), d[:, ::2].clone())
+    threads = torch.get_num_threads()
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            torch.testing.assert_close(project(x[:, 1]).double(), exact[:, 1], rtol=0, atol=1e-3)
+            assert torch.equal(SEVERAL.packed(x[:, 1], d[:, ::2]), expected)
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="there is nothing to pack with")
-def test_a_packed_weight_is_not_kept() -> None:
-    x, weight_oi, _, exact = product((3, 100), 50, False)
-    assert can_pack(weight_oi)
-    project, weight = projection(weight_oi, None), weakref.ref(weight_oi)
-    del weight_oi
-    gc.collect()
-    assert weight() is None
-    torch.testing.assert_close(project(x).double(), exact, rtol=0, atol=1e-4)
+def test_no_rows_are_no_results() -> None:
+    assert SEVERAL.packed(torch.empty(0, 4, 150), None).shape == (0, 4, 201)
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    x, d = SEVERAL.random(5, 150), SEVERAL.random(5, SEVERAL.ranks)
+    clean = SEVERAL.packed(x, d)
+    x[2, 7] = torch.nan
+    got = SEVERAL.packed(x, d)
+    assert got[2].isnan().all()
+    assert torch.equal(got[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_stay_plain(dtype: torch.dtype) -> None:
-    x, weight_oi, bias_o, _ = product((3, 100), 50, True)
-    x, weight_oi, bias_o = x.to(dtype), weight_oi.to(dtype), bias_o.to(dtype) if bias_o is not None else None
-    assert not can_pack(weight_oi)
-    assert torch.equal(projection(weight_oi, bias_o)(x), torch.nn.functional.linear(x, weight_oi, bias_o))
+def test_other_dtypes_are_not_taken(dtype: torch.dtype) -> None:
+    assert not can_pack(torch.empty(1, 1, dtype=dtype))
+    with pytest.raises(TypeError, match=r"got .* on cpu, allowed: torch.float32"):
+        SEVERAL.packed(torch.zeros(1, 150, dtype=dtype), None)
 
 
-def wrong(weight_oi: torch.Tensor, bias_o: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As a library would be that heeds the number of rows that a weight was packed for."""
-
-    def project(x: torch.Tensor) -> torch.Tensor:
-        y = torch.nn.functional.linear(x, weight_oi, bias_o)
-        return y if len(x) == 64 else y + 0.01
-
-    return project
-
-
-def missing(*_: object) -> Callable[[torch.Tensor], torch.Tensor]:
-    raise AttributeError("'_OpNamespace' 'mkl' object has no attribute '_mkl_linear'")
+def test_the_weights_themselves_are_not_kept() -> None:
+    group = Group(20, [(30, (4,), False)])
+    kept = weakref.ref(group.weights[0])
+    product, x, exact = group.packed, group.random(1, 20), None
+    exact = group.exact(x, None, None, None)
+    del group
+    gc.collect()
+    assert kept() is None
+    torch.testing.assert_close(product(x, None).double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["no MKL", wrong, missing])
-def test_without_a_trusted_mkl_the_numbers_are_the_same(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight_oi, bias_o, exact = product((24, 1, 300), 70, True)
-    here = projection(weight_oi, bias_o)(x)
-    mkl_is_exact.cache_clear()
-    if broken == "no MKL":
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    else:
-        monkeypatch.setattr(packed, "_packed", broken)
-    assert not mkl_is_exact() and not can_pack(weight_oi)
-    there = projection(weight_oi, bias_o)(x)
-    torch.testing.assert_close(there, here, rtol=0, atol=1e-3)
-    torch.testing.assert_close(there.double(), exact, rtol=0, atol=1e-3)
+SCRIPT = """
+import torch
+from mage_ray.merging.packed import can_pack
+print(can_pack(torch.empty(1, 1)))
+"""
+
+
+def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "MAGE_RAY_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_library_is_built_once_for_all_processes(tmp_path: Path) -> None:
+    assert run(tmp_path).stdout == "True\n"
+    [built] = tmp_path.iterdir()
+    before = built.stat()
+    assert run(tmp_path, CC="cc").stdout == "True\n"
+    assert [*tmp_path.iterdir()] == [built] and built.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_working_compiler_there_is_a_warning_and_no_packing(compiler: str, tmp_path: Path) -> None:
+    (tmp_path / "cc").write_text("#!/bin/sh\necho a broken compiler >&2\nexit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    path = str(tmp_path) if compiler == "false" else "/nowhere"
+    done = run(tmp_path / "cache", CC="cc", PATH=path)
+    assert done.stdout == "False\n"
+    [line] = [line for line in done.stderr.splitlines() if "slower" in line]
+    assert "packed.c" in line and ("no C compiler" in line or "a broken compiler" in line)
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
