@@ -328,8 +328,9 @@ class RowRunner:
     def _probed(self, layers: int, tokens: int) -> torch.Tensor:
         self._slots = KVSlots(layers, 1, tokens)
         self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
-        token_1T = torch.arange(tokens, device=self.model.device)[None]
-        return self._run(slice(0, 1), token_1T[0, :1], token_1T, token_1T, token_1T, tokens, tokens)
+        position_1T = torch.arange(tokens, device=self.model.device)[None]
+        inputs = (position_1T % 4, position_1T, position_1T)
+        return self._run(slice(0, 1), position_1T[0, :1], *inputs, tokens, tokens)
 
     def _lighten(self, layers: int, head: Head | None) -> None:
         """Give the model lean layers, and the head to the outputs, each if that computes the same here."""

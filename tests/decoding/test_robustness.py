@@ -436,7 +436,7 @@ def test_a_forward_that_fails_ends_those_who_run_and_the_engine_goes_on(tiny: Ti
     assert [e.ids for e in ended[2:] if isinstance(e, Generation)] == [expected.ids] * 2
 
 
-PER_POSITION = 2 * 2 * 2 * 8 * 4  # keys and values, layers, KV heads, their size, bytes of a float32
+PER_POSITION = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, their size, bytes of a float32
 
 
 def test_a_memory_budget_gives_fewer_rows_and_bounds_what_is_allocated(tiny: Tiny) -> None:
@@ -567,7 +567,7 @@ def test_cancelling_while_a_step_runs_frees_the_rows_by_the_next(tiny: Tiny) -> 
         assert go_on.wait(20)
 
     def scene() -> None:
-        engine = tiny.engine(2, LENGTH)
+        engine = tiny.engine(2, LENGTH, stop=())
         stream, other = (running(engine, Request((i, 2), PLAIN, Sampling(50))) for i in (1, 2))
         hook = engine.runner.model.base_model.register_forward_pre_hook(hold)
         thread = threading.Thread(target=engine.step)
