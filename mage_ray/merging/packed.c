@@ -131,6 +131,32 @@ static float rms_scale(const float *x, int64_t inputs, float epsilon)
     return 1 / sqrtf(total / inputs + epsilon);
 }
 
+/* Inputs begin to end of a block's rows, beside each other, after their norm if there is one. */
+static void pack(float *to, const float *x, const float *norm, float epsilon, int64_t first, int64_t rows, int64_t M,
+                 int64_t inputs, int64_t begin, int64_t end)
+{
+    float scale[LARGEST];
+    const int64_t real = rows < M - first ? rows : M - first;
+    for (int64_t m = 0; m < real; m++)
+        scale[m] = norm ? rms_scale(x + (first + m) * inputs, inputs, epsilon) : 1;
+    /* A few inputs at a time, so that the lines written to stay at hand. */
+    for (int64_t k0 = begin; k0 < end; k0 += WIDTH) {
+        const int64_t k1 = k0 + WIDTH < end ? k0 + WIDTH : end;
+        for (int64_t m = 0; m < rows; m++) {
+            const float *const from = x + (first + m) * inputs;
+            if (m >= real)
+                for (int64_t k = k0; k < k1; k++)
+                    to[k * rows + m] = 0;
+            else if (norm)
+                for (int64_t k = k0; k < k1; k++)
+                    to[k * rows + m] = from[k] * scale[m] * norm[k];
+            else
+                for (int64_t k = k0; k < k1; k++)
+                    to[k * rows + m] = from[k];
+        }
+    }
+}
+
 /* y [M, outputs] from x [M, inputs] and d [M, ranks], null for the linears alone. With a norm [inputs] x is normalised
    first; a residual [M, outputs] is added to the result. Both may be null. */
 void packed_multiply(const Group *g, const float *x, const float *d, const float *norm, const float *residual,
@@ -140,6 +166,8 @@ void packed_multiply(const Group *g, const float *x, const float *d, const float
     const int64_t rows = size.rows, inputs = g->inputs, ranks = d ? (int64_t)g->rank_panels * WIDTH : 0;
     const int64_t blocks = (M + rows - 1) / rows;
     float *const packed = scratch, *const z = scratch + blocks * rows * inputs;
+    /* Few blocks are packed in shares of their inputs: threads that write to the same lines would hold each other up. */
+    const int64_t shares = blocks < 4 * threads ? threads : 1;
     /* Some eight turns for each thread, of whole sides. */
     const int turn = size.side * (1 + g->panels / (size.side * threads * 8));
 
@@ -147,12 +175,10 @@ void packed_multiply(const Group *g, const float *x, const float *d, const float
     {
         line result[4 * LARGEST];
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < blocks * rows; row++) {
-            float *const to = packed + row / rows * rows * inputs + row % rows;
-            const float *const from = x + row * inputs;
-            const float scale = norm && row < M ? rms_scale(from, inputs, epsilon) : 1;
-            for (int64_t k = 0; k < inputs; k++)
-                to[k * rows] = row >= M ? 0 : norm ? from[k] * scale * norm[k] : from[k];
+        for (int64_t share = 0; share < blocks * shares; share++) {
+            const int64_t b = share / shares, k0 = share % shares * inputs / shares;
+            pack(packed + b * rows * inputs, x, norm, epsilon, b * rows, rows, M, inputs, k0,
+                 (share % shares + 1) * inputs / shares);
         }
         if (ranks) {
 #pragma omp for schedule(dynamic)
