@@ -46,16 +46,31 @@ class Attention:
         """Whether all layers see all that is before."""
         return self.kinds == (_FULL,)
 
-    def masks(self, position_BT: torch.Tensor, visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask [B, 1, T, L] of tokens at ``position_BT``, L = ``visible``; by kind where there are several."""
-        by_kind = {kind: self._mask(kind, position_BT, visible) for kind in self.kinds}
+    def masks(
+        self, position_BT: torch.Tensor, visible: int, seen_BT: torch.Tensor | None = None, own_BT: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask [B, 1, T, L] of tokens at ``position_BT``, L = ``visible``; by kind where there are several.
+
+        Tokens see what is before them and themselves; with ``seen_BT`` and ``own_BT`` the first so many of the slot's
+        places and their own one, which then need not be their position.
+        """
+        by_kind = {kind: self._mask(kind, position_BT, visible, seen_BT, own_BT) for kind in self.kinds}
         return by_kind if len(by_kind) > 1 else by_kind[self.kinds[0]]
 
-    def _mask(self, kind: str, position_BT: torch.Tensor, visible: int) -> torch.Tensor:
-        position_L = torch.arange(visible, device=position_BT.device)
-        seen_BTL = position_L <= position_BT[:, :, None]
+    def _mask(
+        self,
+        kind: str,
+        position_BT: torch.Tensor,
+        visible: int,
+        seen_BT: torch.Tensor | None,
+        own_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        place_L = torch.arange(visible, device=position_BT.device)
+        seen_BTL = place_L <= position_BT[:, :, None] if seen_BT is None else place_L < seen_BT[:, :, None]
         if kind == _SLIDING and self.window is not None:
-            seen_BTL &= position_L > position_BT[:, :, None] - self.window
+            seen_BTL &= place_L > position_BT[:, :, None] - self.window
+        if own_BT is not None:
+            seen_BTL |= place_L == own_BT[:, :, None]
         if self.additive:
             hidden = torch.finfo(self.dtype).min
             return torch.zeros_like(seen_BTL, dtype=self.dtype).masked_fill(~seen_BTL, hidden)[:, None]

@@ -21,7 +21,8 @@ from mage_ray.decoding.sampling import Combination, guided_logprobs, sample
 class Draw:
     """One token to draw: the rows of the outputs that make it up, their weights, and how it is drawn.
 
-    ``values`` weigh the same rows for the guide's score of the drawn token; empty where nobody asks for it.
+    ``values`` weigh the same rows for the guide's score of the drawn token; empty where nobody asks for it. ``looks``
+    says whether any of the rows looks ahead at the candidates.
     """
 
     rows: tuple[int, ...]
@@ -29,16 +30,21 @@ class Draw:
     candidates: int | None
     sampling: Sampling
     values: tuple[float, ...] = ()
+    looks: bool = False
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The token, its log-probability at temperature 1, the guide's score of it; ``broken`` by logits not finite."""
+    """The token, its log-probability at temperature 1, the guide's score of it; ``broken`` by numbers not finite.
+
+    ``place`` is the token's number among the candidates.
+    """
 
     token: int
     logprob: float
     value: float = 0.0
     broken: bool = False
+    place: int = 0
 
 
 class Drawer:
@@ -53,7 +59,7 @@ class Drawer:
         if asked != self._asked:
             self._asked, self._groups = asked, _grouped(asked, outputs.device)
         # In one go, for those that are looked at one by one below.
-        if scored := [row for draw in asked if draw.values for row in draw.rows]:
+        if scored := [row for draw in asked if draw.values for row in draw.rows if outputs.is_policy(row)]:
             outputs.logits(scored)
         drawn: list[Drawn] = [Drawn(0, 0.0)] * len(asked)
         for group in self._groups:
@@ -62,28 +68,46 @@ class Drawer:
             index_Q1 = sample(logprobs_QC, group.temperature_Q, group.top_p_Q, uniform_Q)[:, None]
             ids = (index_Q1 if ids_QC is None else ids_QC.gather(1, index_Q1))[:, 0].tolist()
             logprobs = logprobs_QC.gather(1, index_Q1)[:, 0].tolist()
-            for i, token, logprob in zip(group.members, ids, logprobs, strict=True):
-                draw = asked[i]
-                rows_RV = outputs.logits(draw.rows) if draw.values or math.isnan(logprob) else None
+            for q, (i, token, logprob) in enumerate(zip(group.members, ids, logprobs, strict=True)):
+                draw, place = asked[i], int(index_Q1[q, 0])
+                own = None if ids_QC is None else ids_QC[q : q + 1]
                 drawn[i] = Drawn(
                     token,
                     logprob,
-                    guide_score(rows_RV, draw.values, token) if draw.values and rows_RV is not None else 0.0,
-                    rows_RV is not None and math.isnan(logprob) and broken(rows_RV),
+                    guide_score(outputs, draw, token, place, own, logprobs_QC[q].isfinite()) if draw.values else 0.0,
+                    math.isnan(logprob) and broken(outputs, draw.rows, own),
+                    place,
                 )
         return drawn
 
 
-def guide_score(logits_RV: torch.Tensor, values: Sequence[float], token: int) -> float:
-    """``sum_r values[r] * log pi_r(token)``, the guide's score of one token (METHOD.md section 2)."""
-    logits_RV = logits_RV.double()
-    logprob_R = logits_RV[:, token] - logits_RV.logsumexp(-1)
-    return sum(v * logprob for v, logprob in zip(values, logprob_R.tolist(), strict=True) if v != 0)
+def guide_score(
+    outputs: Outputs, draw: Draw, token: int, place: int, ids_1C: torch.Tensor | None, allowed_C: torch.Tensor
+) -> float:
+    """The guide's score of one token, ``sum_r values[r] * S_r(token)`` (METHOD.md section 2).
+
+    ``S_r`` is a policy's log-probability over the whole vocabulary, or a value less its mean over the candidates.
+    """
+    score = 0.0
+    for row, value in zip(draw.rows, draw.values, strict=True):
+        if value == 0:
+            continue
+        if outputs.is_policy(row):
+            logits_V = outputs.logits([row])[0].double()
+            score += value * float(logits_V[token] - logits_V.logsumexp(-1))
+        else:
+            value_C = outputs.scores([row], ids_1C)[0].double()
+            score += value * float(value_C[place] - value_C[allowed_C].mean())
+    return score
 
 
-def broken(logits_RV: torch.Tensor) -> bool:
-    """Whether any of the logits is NaN or plus infinity; minus infinity rules a token out, which is allowed."""
-    return bool((logits_RV.isnan() | logits_RV.isposinf()).any())
+def broken(outputs: Outputs, rows: Sequence[int], ids_1C: torch.Tensor | None) -> bool:
+    """Whether any score of these rows is NaN or plus infinity; minus infinity rules a token out, which is allowed."""
+    for row in rows:
+        scores_NC = outputs.logits([row]) if outputs.is_policy(row) else outputs.scores([row], ids_1C)
+        if bool((scores_NC.isnan() | scores_NC.isposinf()).any()):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -97,9 +121,11 @@ class _Group:
 
 
 def _grouped(asked: Sequence[Draw], device: torch.device) -> list[_Group]:
-    whole = [i for i, draw in enumerate(asked) if draw.candidates is None]
-    some = [i for i, draw in enumerate(asked) if draw.candidates is not None]
-    return [_group([asked[i] for i in members], members, device) for members in (whole, some) if members]
+    # Rows that look ahead are not to look at more candidates than their own request has.
+    by_kind: dict[object, list[int]] = {}
+    for i, draw in enumerate(asked):
+        by_kind.setdefault(draw.candidates if draw.looks or draw.candidates is None else "some", []).append(i)
+    return [_group([asked[i] for i in members], members, device) for members in by_kind.values()]
 
 
 def _group(draws: Sequence[Draw], members: list[int], device: torch.device) -> _Group:

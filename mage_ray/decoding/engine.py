@@ -117,6 +117,7 @@ class Engine:
         than are free, they are recomputed all the same. Raises FieldError when the plan can't run here.
         """
         self._check_plan(plan, "plan")
+        self._check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan)
         self._leave_word(lambda: change_plan(running, plan, recompute, self._scheduler, self.runner))
 
     def step(self) -> bool:
@@ -146,12 +147,16 @@ class Engine:
             raise FieldError("prompt", "tokens that are no integers", "token ids")
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise FieldError("prompt", "unknown tokens", f"token ids 0 to {vocabulary - 1}")
-        if len(request.prompt) + sampling.max_new_tokens > runner.length:
-            what = f"{len(request.prompt)} tokens and {sampling.max_new_tokens} new ones"
-            raise FieldError("prompt", what, f"at most {runner.length} together")
+        self._check_length(len(request.prompt), sampling.max_new_tokens, request.plan)
         if sampling.stop and self._decode is None:
             raise FieldError("stop", list(sampling.stop), "none: this engine has no tokenizer")
         self._check_plan(request.plan, "plan")
+
+    def _check_length(self, prompt: int, new: int, plan: Plan) -> None:
+        if prompt + new + plan.ahead > self.runner.length:
+            candidates = f" and {plan.ahead} candidates to look at" if plan.ahead else ""
+            what = f"{prompt} tokens and {new} new ones{candidates}"
+            raise FieldError("prompt", what, f"at most {self.runner.length} together")
 
     def _check_plan(self, plan: Plan, field: str) -> None:
         for row in plan.rows:

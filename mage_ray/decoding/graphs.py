@@ -1,6 +1,6 @@
 """Steps of fixed shape: a handful of batch sizes and reaches, each captured once as a CUDA graph.
 
-Legend: R rows, L positions, V vocabulary.
+Legend: R rows, L positions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+
+from mage_ray.decoding.outputs import Raw
 
 _REACH = 512
 """Reaches double from here: a graph attends to that many positions, whatever its rows have come to."""
@@ -20,16 +22,16 @@ class StepGraphs:
     the same fixed-shape step runs uncaptured.
     """
 
-    def __init__(self, run: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> None:
+    def __init__(self, run: Callable[..., Raw], rows: int, length: int, device: torch.device) -> None:
         self._run, self._rows, self._length, self._device = run, rows, length, device
         self._place_R = torch.arange(rows, device=device)
         self._token_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._position_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._written_R1 = torch.full((rows, 1), length, dtype=torch.long, device=device)
-        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Raw]] = {}
 
-    def run(self, tokens: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
-        """The logits [B, V] after feeding ``tokens[b]`` to the row in slot b, which holds ``starts[b]`` tokens.
+    def run(self, tokens: Sequence[int], starts: Sequence[int]) -> Raw:
+        """What ``run`` gives for the first rows after feeding ``tokens[b]`` to the row in slot b, which holds ``starts[b]`` tokens.
 
         They are valid until the next run.
         """
@@ -42,12 +44,12 @@ class StepGraphs:
         inputs = inputs.to(self._device, non_blocking=True)
         self._token_R1[:rows, 0], self._position_R1[:rows, 0], self._written_R1[:rows, 0] = inputs
         if self._device.type != "cuda":
-            return self._step(rows, reach)[:count]
+            return self._step(rows, reach).first(count)
         if (rows, reach) not in self._captured:
             self._captured[rows, reach] = self._capture(rows, reach)
-        graph, logits_RV = self._captured[rows, reach]
+        graph, raw = self._captured[rows, reach]
         graph.replay()
-        return logits_RV[:count]
+        return raw.first(count)
 
     @staticmethod
     def _bucket(needed: int, smallest: int, largest: int) -> int:
@@ -56,7 +58,7 @@ class StepGraphs:
             size *= 2
         return min(size, largest)
 
-    def _step(self, rows: int, reach: int) -> torch.Tensor:
+    def _step(self, rows: int, reach: int) -> Raw:
         return self._run(
             slice(0, rows),
             self._place_R[:rows],
@@ -67,7 +69,7 @@ class StepGraphs:
             1,
         )
 
-    def _capture(self, rows: int, reach: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, rows: int, reach: int) -> tuple[torch.cuda.CUDAGraph, Raw]:
         # A step writes the same keys and values however often it runs, so the warm-up does no harm.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -76,5 +78,5 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits_RV = self._step(rows, reach)
-        return graph, logits_RV
+            raw = self._step(rows, reach)
+        return graph, raw

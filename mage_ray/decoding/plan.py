@@ -17,13 +17,20 @@ import numpy as np
 
 from mage_ray.errors import FieldError
 from mage_ray.merging.coefficients import Vector, extrapolated, merging_coefficients
+from mage_ray.merging.value_head import Kind
 
 
 @dataclass(frozen=True)
 class Row:
-    """One forward of the backbone with experts mixed by ``coefficients`` [K]; all zeros is the reference model."""
+    """One forward of the backbone with experts mixed by ``coefficients`` [K]; all zeros is the reference model.
+
+    Without a ``head`` it is a policy, whose log-probabilities count. With one it is a value model, its head mixed by
+    the same coefficients: a *vocabulary* head scores all tokens from the state at hand, ``Q(s, a)``; a *scalar* head
+    looks ahead at each candidate, ``V(s + a)``.
+    """
 
     coefficients: tuple[float, ...]
+    head: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +66,18 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Plan:
-    """``log pi(a|s) = sum_r weights[r] * log pi_rows[r](a|s) - log Z(s)``.
+    """``log pi(a|s) = sum_r weights[r] * S_r(s, a) - log Z(s)``, S a row's log-probability or, of a value model, value.
 
     With ``candidates`` set, ``a`` ranges over that many most likely tokens of ``rows[0]``, the base; else over the
     whole vocabulary. The temperature divides the sum, so where the weights add up to S the temperature of a single row
     would be ``temperature / S``; the weights of every method here add up to 1.
 
-    ``values``, one for each row, make up the guide's own score ``G(s, a) = sum_r values[r] * log pi_rows[r](a|s)``;
-    empty where the plan has no guide. ``cadence`` says when the guide runs, ``valued`` whether its scores of the drawn
-    tokens are wanted.
+    ``values``, one for each row, make up the guide's own score ``G(s, a) = sum_r values[r] * S_r(s, a)``, with values
+    centred over the candidates; empty where the plan has no guide. ``cadence`` says when the guide runs, ``valued``
+    whether its scores of the drawn tokens are wanted.
 
-    Raises FieldError for no rows, another number of weights or values than rows, or fewer than 1 candidate.
+    Raises FieldError for no rows, another number of weights or values than rows, fewer than 1 candidate, a base that is
+    a value model, or rows that look ahead at no candidates in particular or at what is speculated.
     """
 
     rows: tuple[Row, ...]
@@ -87,9 +95,16 @@ class Plan:
                 raise FieldError(f"plan.{name}", list(numbers), f"{len(self.rows)} numbers, one for each row")
         if self.candidates is not None and self.candidates < 1:
             raise FieldError("candidates", self.candidates, "1 or more")
+        if self.rows[0].head is not None:
+            raise FieldError("plan.rows", f"a value model ({self.rows[0].head}) first", "a policy first, the base")
+        if any(row.head == "scalar" for row in self.rows):
+            if self.candidates is None:
+                raise FieldError("candidates", None, "a number, where scalar values look ahead at each candidate")
+            if self.cadence.speculate:
+                raise FieldError("speculate", self.cadence.speculate, "0 where scalar values look ahead")
 
     @classmethod
-    def of(cls, terms: Iterable[tuple[Vector, float]], candidates: int | None = None) -> Plan:
+    def of(cls, terms: Iterable[tuple[Vector | Row, float]], candidates: int | None = None) -> Plan:
         """A plan from (coefficients, weight) terms: equal rows become one, their weights added; a row of weight 0 goes.
 
         The first term's row stays first, whatever its weight, when it chooses the candidates.
@@ -103,7 +118,7 @@ class Plan:
     def guided(
         cls,
         base: Vector,
-        guide: Iterable[tuple[Vector, float]],
+        guide: Iterable[tuple[Vector | Row, float]],
         strength: float,
         candidates: int | None = None,
         valued: bool = False,
@@ -113,7 +128,8 @@ class Plan:
         At strength 0 no guide row runs, unless ``valued`` asks for the guide's scores all the same.
         """
         values = _by_row(guide)
-        terms = [(base, 1.0), *((row.coefficients, strength * value) for row, value in values.items())]
+        terms: list[tuple[Vector | Row, float]] = [(base, 1.0)]
+        terms += [(row, strength * value) for row, value in values.items()]
         weights = _by_row(terms)
         first = next(iter(weights))
         kept = [row for row, w in weights.items() if w != 0 or row == first or (valued and values[row] != 0)]
@@ -136,17 +152,23 @@ class Plan:
         return replace(self, cadence=cadence)
 
     @property
+    def ahead(self) -> int:
+        """Positions that it takes beyond its tokens, to look at candidates."""
+        return self.candidates or 0 if any(row.head == "scalar" for row in self.rows) else 0
+
+    @property
     def eager(self) -> bool:
         """Whether all rows run at every token."""
         return self.cadence.always or len(self.rows) == 1
 
 
-def _by_row(terms: Iterable[tuple[Vector, float]]) -> dict[Row, float]:
+def _by_row(terms: Iterable[tuple[Vector | Row, float]]) -> dict[Row, float]:
     """The weights of the terms' rows, equal rows added up, in order of appearance."""
     weights: dict[Row, float] = {}
-    for coefficients, weight in terms:
+    for term, weight in terms:
+        given = term if isinstance(term, Row) else Row(tuple(term))
         # + 0.0 turns -0.0 into 0.0, so that both are one row in prints and exports.
-        row = Row(tuple(float(c) + 0.0 for c in coefficients))
+        row = Row(tuple(float(c) + 0.0 for c in given.coefficients), given.head)
         weights[row] = weights.get(row, 0.0) + float(weight)
     return weights
 
@@ -181,6 +203,10 @@ class Setup:
     cadence: Cadence = Cadence()
     valued: bool = False
     """Whether guided plans report the guide's scores even at strength 0."""
+    values: str | None = None
+    """The set of explicit value models, one for each row of its mix; None where none were trained."""
+    head: Kind = "vocabulary"
+    """Which of their heads guides."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
@@ -198,7 +224,7 @@ class Setup:
         """The bank coefficients [K] of the merge of set ``name`` for a preference."""
         return self.over_bank(self.sets[name], merging_coefficients(self.sets[name].mix, mu))
 
-    def guided(self, base: Vector, guide: Iterable[tuple[Vector, float]]) -> Plan:
+    def guided(self, base: Vector, guide: Iterable[tuple[Vector | Row, float]]) -> Plan:
         """The base steered by the guide's terms, with this setup's strength, candidates and cadence."""
         return Plan.guided(base, guide, self.strength, self.candidates, self.valued).at(self.cadence)
 
@@ -208,6 +234,12 @@ class Setup:
             if backbones.single:
                 return backbones
         raise FieldError("method", "one that mixes single-objective experts", "a study with a backbone set of B = I")
+
+    def value_set(self) -> str:
+        """The name of the set of explicit value models. Raises FieldError when there are none."""
+        if self.values is None:
+            raise FieldError("method", "one guided by explicit values", "a study with value models (mage-ray values)")
+        return self.values
 
     def one_by_one(self, name: str, mu: Vector) -> list[tuple[np.ndarray, float]]:
         """Each expert of a set as (its row's coefficients [K], its merging coefficient)."""
@@ -266,6 +298,19 @@ def _ensembled_guide(base: np.ndarray, mu: Vector, setup: Setup) -> Plan:
     return setup.guided(base, [*guides, (np.zeros(setup.size), -total)])
 
 
+def mage_e_m(mu: Vector, setup: Setup) -> Plan:
+    """Base soup steered by the *merged* explicit value model, head included: weights 1, w (MAGE, arXiv:2510.03782)."""
+    merged = Row(tuple(setup.merged(setup.value_set(), mu).tolist()), setup.head)
+    return setup.guided(setup.merged(setup.base, mu), [(merged, 1.0)])
+
+
+def mage_e_e(mu: Vector, setup: Setup) -> Plan:
+    """Base soup steered by the *ensemble* of explicit value models, ``w lam_i`` each (MAGE, arXiv:2510.03782)."""
+    models = setup.one_by_one(setup.value_set(), mu)
+    guide = [(Row(tuple(coefficients.tolist()), setup.head), lam) for coefficients, lam in models]
+    return setup.guided(setup.merged(setup.base, mu), guide)
+
+
 METHODS: dict[str, Callable[[Vector, Setup], Plan]] = {
     "reference": reference,
     "rewarded-soup": rewarded_soup,
@@ -275,6 +320,8 @@ METHODS: dict[str, Callable[[Vector, Setup], Plan]] = {
     "proxy-tuning": proxy_tuning,
     "mage-i-m": mage_i_m,
     "mage-i-e": mage_i_e,
+    "mage-e-m": mage_e_m,
+    "mage-e-e": mage_e_e,
 }
 
 

@@ -17,12 +17,13 @@ from mage_ray.decoding.attend import FEW
 from mage_ray.decoding.attention import Attention
 from mage_ray.decoding.graphs import StepGraphs
 from mage_ray.decoding.lean import lighten
-from mage_ray.decoding.outputs import Head, Outputs
+from mage_ray.decoding.outputs import Head, Outputs, Raw, Scorer, VocabularyScorer
 from mage_ray.decoding.plan import Row
 from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.slots import KVSlots
 from mage_ray.errors import FieldError
 from mage_ray.merging.bank import AdapterBank
+from mage_ray.merging.value_head import ValueHeads
 
 PREFILL_TOKENS = 2048
 """Padded tokens in one forward at most: enough to fill the cores, few enough to bound memory."""
@@ -41,6 +42,11 @@ class LiveRow:
     tokens: list[int] = field(default_factory=list)
     exact: bool = True
     """Whether its own coefficients made all that it holds."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether it is fed candidates, to look at each, and not the last token, to look at what may follow."""
+        return self.row.head == "scalar"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class RowRunner:
         bank = bank or AdapterBank([])
         weight_VE = _tied_weight(model)
         self._mix = bank.install(model)
+        self._values = _value_heads(model, bank)
         # Prefill needs no logits: the body alone runs then.
         self._body = getattr(model, "base_model", model)
         self._attention = Attention.of(model, length)
@@ -130,9 +137,13 @@ class RowRunner:
         return self.rows - len(self._live)
 
     def check(self, row: Row) -> None:
-        """Raises FieldError when a row has coefficients for another bank."""
+        """Raises FieldError when a row has coefficients for another bank, or mixes experts without its kind of head."""
         if len(row.coefficients) != self.experts:
             raise FieldError("coefficients", list(row.coefficients), f"{self.experts} numbers, one for each expert")
+        if row.head is not None:
+            if self._values is None:
+                raise FieldError("plan.rows", f"a {row.head} row", "policies: no expert here has a value head")
+            self._values.check(row.coefficients, row.head)
 
     @torch.inference_mode()
     def start(self, row: Row, goal: Sequence[int] = ()) -> LiveRow:
@@ -218,12 +229,49 @@ class RowRunner:
         longest = max(map(len, tokens))
         starts = [len(row.tokens) for row in rows]
         if self._graphs is not None and longest == 1 and keep == 1 and places == list(range(len(rows))):
-            outputs = self._graphs.run([fed[0] for fed in tokens], starts)
+            raw = self._graphs.run([fed[0] for fed in tokens], starts)
         else:
-            outputs = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
+            raw = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
         for row, fed in zip(rows, tokens, strict=True):
             row.tokens.extend(fed)
-        return Outputs(outputs, self._head)
+        return Outputs(raw, self._head, self._scorers(rows, raw, keep))
+
+    @torch.inference_mode()
+    def look(self, rows: Sequence[tuple[LiveRow, Sequence[int]]], ids_NC: torch.Tensor) -> torch.Tensor:
+        """The value of each candidate as the next token of a row whose tokens are the ones given, [N, C].
+
+        All in one forward, in which a row's candidates share a position and don't see each other. What a row lacks of
+        its tokens is fed on the way. ``take`` says which candidate it goes on from.
+        """
+        assert self._values is not None
+        device, count = self.model.device, ids_NC.shape[1]
+        lacking = [list(history[len(row.tokens) :]) for row, history in rows]
+        longest, visible = max(map(len, lacking)), max(len(history) for _, history in rows) + count
+        if visible > self.length:
+            raise FieldError("rows", f"one of {visible} tokens", f"rows that end within {self.length} tokens")
+        padding = self._slots.padding(visible)
+        position, seen, written = [], [], []
+        for (row, history), missing in zip(rows, lacking, strict=True):
+            begin, end, idle = len(row.tokens), len(history), longest - len(missing)
+            position.append([0] * idle + [*range(begin, end)] + [end] * count)
+            seen.append([1] * idle + [*range(begin + 1, end + 1)] + [end] * count)
+            written.append([padding] * idle + [*range(begin, end + count)])
+        fed_Nt = torch.tensor([[0] * (longest - len(missing)) + missing for missing in lacking], device=device)
+        input_NT = torch.cat([fed_Nt.to(ids_NC.dtype), ids_NC], dim=1)
+        place_N = torch.tensor([row.place for row, _ in rows], device=device)
+        position_NT, seen_NT, written_NT = (torch.tensor(t, device=device) for t in (position, seen, written))
+        raw = self._run(place_N, place_N, input_NT, position_NT, written_NT, visible, count, seen_NT)
+        assert raw.hidden_RE is not None
+        for (row, _), missing in zip(rows, lacking, strict=True):
+            row.tokens.extend(missing)
+        coefficients_RK = self._coefficients_RK[place_N].repeat_interleave(count, 0)
+        return self._values.scalar(raw.hidden_RE, coefficients_RK).view(len(rows), count)
+
+    @torch.inference_mode()
+    def take(self, row: LiveRow, place: int, token: int) -> None:
+        """A row that has looked goes on from one of its candidates; the others are forgotten."""
+        self._slots.move(row.place, len(row.tokens) + place, len(row.tokens))
+        row.tokens.append(token)
 
     @torch.inference_mode()
     def score(self, row: Row, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
@@ -295,37 +343,58 @@ class RowRunner:
         written_BT: torch.Tensor,
         visible: int,
         keep: int,
-    ) -> torch.Tensor:
-        """One forward: what comes before the head, or the logits, of the last ``keep`` columns, [B * keep, E or V].
+        seen_BT: torch.Tensor | None = None,
+    ) -> Raw:
+        """One forward: hidden states, and the logits unless the head comes later, of the last ``keep`` columns.
 
-        Everything that changes from step to step is in tensors, so that it can be captured.
+        Tokens see their slot up to their position or, where ``seen_BT`` is given, its first so many places and
+        themselves. Everything that changes from step to step is in tensors, so that it can be captured.
         """
-        self._slots.open(slots, place_B, position_BT, written_BT, visible)
+        self._slots.open(slots, place_B, position_BT + 1 if seen_BT is None else seen_BT, written_BT, visible)
         inputs = {
             "input_ids": input_BT,
             "position_ids": position_BT,
-            "attention_mask": self._attention.masks(position_BT, visible),
+            "attention_mask": self._attention.masks(position_BT, visible, seen_BT, None if seen_BT is None else written_BT),
             "past_key_values": self._slots,
             "use_cache": True,
         }
         with self._mix.rows(self._coefficients_RK[slots]):
             if keep == 0:
                 self._body(**inputs)
-                return torch.empty(0)
-            if self._head is not None:
-                return self._body(**inputs).last_hidden_state[:, -keep:].flatten(0, 1)
-            return self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
+                return Raw(None, torch.empty(0))
+            if self._head is not None or seen_BT is not None:
+                return Raw(self._body(**inputs).last_hidden_state[:, -keep:].flatten(0, 1), None)
+            if self._values is None:
+                return Raw(None, self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1))
+            # The model makes its logits in its own way; on the way it is seen what they are made from.
+            passing: list[torch.Tensor] = []
+            hook = self._body.register_forward_hook(lambda *seen: passing.append(seen[2].last_hidden_state))
+            try:
+                logits_RV = self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
+            finally:
+                hook.remove()
+            return Raw(passing[0][:, -keep:].flatten(0, 1), logits_RV)
+
+    def _scorers(self, rows: Sequence[LiveRow], raw: Raw, keep: int) -> dict[int, Scorer]:
+        """Who scores the rows of a forward that are a vocabulary head's."""
+        which = [b for b, row in enumerate(rows) if row.row.head == "vocabulary"] if keep else []
+        if not which:
+            return {}
+        assert self._values is not None and raw.hidden_RE is not None
+        coefficients_BK = self._coefficients_RK[[row.place for row in rows]]
+        scorer = VocabularyScorer(self._values, raw.hidden_RE, coefficients_BK.repeat_interleave(keep, 0))
+        return {b * keep + t: scorer for b in which for t in range(keep)}
 
     @torch.inference_mode()
     def _probe(self, layers: int) -> torch.Tensor:
-        """What ``_run`` gives for forwards of few tokens and of many, which also shows the size of a slot.
+        """The logits, or what comes before the head, of a few tokens and of many; this also shows the size of a slot.
 
         A model that can't be run here fails now.
         """
-        few, many = (self._probed(layers, min(self.length, tokens)) for tokens in (4, 2 * FEW))
-        return torch.cat([few, many])
+        raws = [self._probed(layers, min(self.length, tokens)) for tokens in (4, 2 * FEW)]
+        return torch.cat([raw.logits_RV if raw.hidden_RE is None or raw.logits_RV is not None else raw.hidden_RE for raw in raws])
 
-    def _probed(self, layers: int, tokens: int) -> torch.Tensor:
+    def _probed(self, layers: int, tokens: int) -> Raw:
         self._slots = KVSlots(layers, 1, tokens)
         self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
         position_1T = torch.arange(tokens, device=self.model.device)[None]
@@ -373,3 +442,12 @@ def _head(model: PreTrainedModel, bank: AdapterBank, weight_VE: torch.Tensor | N
     if head is None or any(not names.isdisjoint(expert.factors) for expert in bank.experts):
         return None
     return Head(head, weight_VE)
+
+
+def _value_heads(model: PreTrainedModel, bank: AdapterBank) -> ValueHeads | None:
+    """The bank's value heads, where any expert has one."""
+    heads = [expert.head for expert in bank.experts]
+    if all(head is None for head in heads):
+        return None
+    embedding: Any = model.get_input_embeddings()
+    return ValueHeads(heads, embedding.weight.detach())

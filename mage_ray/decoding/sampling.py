@@ -33,20 +33,20 @@ class Combination:
 
 
 def guided_logprobs(outputs: Outputs, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``sum_r weight_r log pi_r(a)``, normalised over each request's candidates (METHOD.md section 2).
+    """``sum_r weight_r S_r(a)``, normalised over each request's candidates (METHOD.md section 2).
 
-    Returns log-probabilities [Q, C] in the logits' dtype (float32 at least) and the candidates' token ids [Q, C], None
+    ``S_r`` is a row's log-probability, or a value model's value. Returns log-probabilities [Q, C] in the logits' dtype (float32 at least) and the candidates' token ids [Q, C], None
     when all tokens are candidates, in which case C = V. A token that any row of positive weight rules out (-inf) stays
     ruled out, whatever the others say.
     """
     if how.candidates_Q is None:
-        return _weighted_sum(_precise(outputs.logits(how.rows)), how).log_softmax(-1), None
+        return _weighted_sum(_precise(outputs.scores(how.rows)), how).log_softmax(-1), None
     base_QV = outputs.logits(how.bases)
     ids_QC = base_QV.topk(min(int(how.candidates_Q.max()), base_QV.shape[1]), dim=-1).indices
     # In the order of token ids, so that a draw doesn't depend on how many candidates a neighbour has, or on the base's
     # ranking where all tokens are candidates.
     ids_QC, rank_QC = ids_QC.sort(dim=-1)
-    logits_RC = base_QV.gather(1, ids_QC) if how.plain else outputs.at(how.rows, ids_QC[how.request_R])
+    logits_RC = base_QV.gather(1, ids_QC) if how.plain else outputs.scores(how.rows, ids_QC[how.request_R])
     scores_QC = _weighted_sum(_precise(logits_RC), how)
     return scores_QC.masked_fill(rank_QC >= how.candidates_Q[:, None], -torch.inf).log_softmax(-1), ids_QC
 
@@ -56,10 +56,10 @@ def _precise(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_sum(logits_RC: torch.Tensor, how: Combination) -> torch.Tensor:
-    """Each request's weighted sum of its rows' logits, [Q, C].
+    """Each request's weighted sum of its rows' scores, [Q, C].
 
     A row's log-probabilities are its logits less a constant, and constants go when the sum is normalised: rows need no
-    normalising of their own.
+    normalising of their own, and values no centring.
     """
     if how.plain:
         return logits_RC

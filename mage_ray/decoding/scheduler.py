@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.prefixes import common_length
 from mage_ray.decoding.request import Request, Token
@@ -51,8 +52,8 @@ class Running:
 
     @property
     def eager_rows(self) -> list[LiveRow]:
-        """The rows that run at every step."""
-        return self.rows if self.plan.eager else self.rows[:1]
+        """The rows that every step feeds the last token. Those that look ahead get their candidates later."""
+        return [row for row in self.rows if not row.looks] if self.plan.eager else self.rows[:1]
 
     def lag(self, row: LiveRow) -> int:
         """Tokens that the row lacks before a step may feed it, or, of a row that waits for its turns, of its goal."""
@@ -67,10 +68,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A token that the base proposed, and the base's logits [V] that it was drawn from."""
+    """A token that the base proposed, and the base's row that it was drawn from."""
 
     token: int
-    logits_V: torch.Tensor
+    base: Outputs
 
 
 class Scheduler:

@@ -19,14 +19,14 @@ _GROWTH = 64
 class Window:
     """Which slots the running forward reads, where it writes, and how far it may look.
 
-    Row b's slot begins at ``start_B`` of all positions of all slots; its tokens are at ``position_BT`` in it, and are
-    written to ``write_N`` of all positions, N = B * T.
+    Row b's slot begins at ``start_B`` of all positions of all slots. Its tokens are written to ``write_N`` of all
+    positions, N = B * T; each looks at the first ``seen_BT`` positions of its slot, and at itself.
     """
 
     def __init__(self) -> None:
         self.slots: slice | torch.Tensor = slice(0, 0)
         self.visible = self.capacity = 0
-        self.start_B = self.position_BT = self.write_N = torch.empty(0, dtype=torch.long)
+        self.start_B = self.seen_BT = self.write_N = torch.empty(0, dtype=torch.long)
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -99,18 +99,19 @@ class KVSlots(Cache):
         self,
         slots: slice | torch.Tensor,
         place_B: torch.Tensor,
-        position_BT: torch.Tensor,
+        seen_BT: torch.Tensor,
         written_BT: torch.Tensor,
         visible: int,
     ) -> None:
         """Aim the next forward at ``slots``, numbered ``place_B``: it writes to ``written_BT``, looks at ``visible``.
 
+        Each token looks at the first ``seen_BT`` positions, and at itself.
         Padding is written to ``padding(visible)``, which nobody looks at.
         """
         w = self.window
         w.slots, w.visible = slots, visible
         w.capacity = max(w.capacity, self.capacity(visible))
-        w.start_B, w.position_BT = place_B * w.capacity, position_BT
+        w.start_B, w.seen_BT = place_B * w.capacity, seen_BT
         w.write_N = (w.start_B[:, None] + written_BT).flatten()
 
     def whole(self, layer: int, heads: int, head: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,6 +125,11 @@ class KVSlots(Cache):
         """Slot ``target`` becomes a copy of the first ``length`` positions of slot ``source``."""
         for tensor in self._tensors():
             tensor[target, :length] = tensor[source, :length]
+
+    def move(self, slot: int, source: int, target: int) -> None:
+        """Position ``source`` of a slot becomes position ``target``, too."""
+        for tensor in self._tensors():
+            tensor[slot, target] = tensor[slot, source]
 
     def swap(self, one: int, other: int, lengths: tuple[int, int]) -> None:
         """Exchange the contents of two slots, whose rows have come ``lengths`` far."""

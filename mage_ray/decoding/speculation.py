@@ -3,16 +3,17 @@
 The rule is that of speculative sampling (Leviathan et al., arXiv:2211.17192, algorithm 1), with the base as the draft
 and the guided distribution as the target.
 
-Legend: N proposals, R rows of the plan, V vocabulary, C candidates.
+Legend: N proposals, C candidates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from mage_ray.decoding.drawing import Drawn, broken, combination, guide_score
+from mage_ray.decoding.drawing import Draw, Drawn, broken, combination, guide_score
 from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Sampling
@@ -20,38 +21,43 @@ from mage_ray.decoding.sampling import distribution, guided_logprobs, invert
 
 
 def verify(
-    plan: Plan, sampling: Sampling, proposed: Sequence[int], logits_RNV: torch.Tensor, uniforms: Sequence[float]
+    plan: Plan,
+    sampling: Sampling,
+    proposed: Sequence[int],
+    outputs: Outputs,
+    rows: Sequence[tuple[int, ...]],
+    uniforms: Sequence[float],
 ) -> list[Drawn]:
     """The tokens that stand: accepted proposals and, where one was rejected, the token in its place.
 
-    The proposals were drawn from ``rows[0]`` alone, with the plan's candidates and the same sampling.
-    ``logits_RNV[:, n]`` are the plan's rows where proposal n was drawn; ``uniforms`` 2N numbers in [0, 1).
+    The proposals were drawn from the plan's base alone, with the plan's candidates and the same sampling. ``rows[n]``
+    are the plan's rows in the outputs where proposal n was drawn; ``uniforms`` 2N numbers in [0, 1).
     """
     count = len(proposed)
-    device = logits_RNV.device
+    device = outputs.device
     temperature_N = torch.full((count,), sampling.temperature, device=device)
     top_p_N = torch.full((count,), sampling.top_p, device=device)
     limits = [plan.candidates] * count
-    # Row r at proposal n is row r * N + n of the flattened logits.
-    rows = [r * count + n for n in range(count) for r in range(len(plan.rows))]
-    target = combination(rows, [plan.weights] * count, limits, device)
-    draft = combination(list(range(count)), [(1.0,)] * count, limits, device)
-    logprobs_NC, ids_NC = guided_logprobs(Outputs(logits_RNV.flatten(0, 1)), target)
-    base_NC, _ = guided_logprobs(Outputs(logits_RNV[0]), draft)
+    target = combination([row for own in rows for row in own], [plan.weights] * count, limits, device)
+    draft = combination([own[0] for own in rows], [(1.0,)] * count, limits, device)
+    logprobs_NC, ids_NC = guided_logprobs(outputs, target)
+    base_NC, _ = guided_logprobs(outputs, draft)
     target_NC = _normalised(distribution(logprobs_NC, temperature_N, top_p_N))
     draft_NC = _normalised(distribution(base_NC, temperature_N, top_p_N))
     drawn = []
     for n, token in enumerate(proposed):
-        index = token if ids_NC is None else int((ids_NC[n] == token).nonzero())
+        own = None if ids_NC is None else ids_NC[n : n + 1]
+        index = token if own is None else int((own[0] == token).nonzero())
         accepted = accepts(float(target_NC[n, index]), float(draft_NC[n, index]), uniforms[2 * n])
         if not accepted:
             left_C = residual(target_NC[n], draft_NC[n])
             index = int(invert(left_C[None], torch.tensor([uniforms[2 * n + 1]], dtype=torch.float64, device=device)))
-            token = index if ids_NC is None else int(ids_NC[n, index])
-        score = guide_score(logits_RNV[:, n], plan.values, token) if plan.valued else 0.0
+            token = index if own is None else int(own[0, index])
         logprob = float(logprobs_NC[n, index])
-        drawn.append(Drawn(token, logprob, score, logprob != logprob and broken(logits_RNV[:, n])))
-        if not accepted or logprob != logprob:
+        draw = Draw(rows[n], plan.weights, plan.candidates, sampling, plan.values if plan.valued else ())
+        score = guide_score(outputs, draw, token, index, own, logprobs_NC[n].isfinite()) if draw.values else 0.0
+        drawn.append(Drawn(token, logprob, score, math.isnan(logprob) and broken(outputs, rows[n], own), index))
+        if not accepted or math.isnan(logprob):
             break
     return drawn
 

@@ -43,6 +43,7 @@ class Step:
         owner = {row: r for r in ready for row in r.eager_rows}
         outputs = self._runner.feed(first, [[_next(owner[row])] for row in first])
         at: _At = {row: (i,) for i, row in enumerate(first)}
+        looks = Looks(self._runner)
 
         proposing = [r for r in ready if not r.plan.eager and r.plan.cadence.speculate]
         lazy = [r for r in ready if not r.plan.eager and not r.plan.cadence.speculate]
@@ -52,6 +53,8 @@ class Step:
         guided = [r for r in lazy if r not in alone]
         if checking or guided:
             outputs = self._guide(guided, checking, outputs, at)
+        for r in [*(r for r in ready if r.plan.eager), *guided]:
+            at |= {row: (looks.add(outputs, row, r.history),) for row in r.rows if row.looks}
 
         tokens: list[tuple[Running, Token]] = []
         drawing = [r for r in ready if r.plan.eager] + lazy
@@ -59,6 +62,7 @@ class Step:
         uniforms = [r.uniform() for r in drawing]
         for r, drawn in zip(drawing, self._drawer.draw(asked, outputs, uniforms) if asked else [], strict=True):
             tokens.append((r, self._token(r, drawn, r not in alone)))
+            looks.take([row for row in r.rows if row.looks and row in at], drawn)
         for r in checking:
             tokens += [(r, token) for token in self._check(r, outputs, at)]
         return tokens
@@ -69,7 +73,7 @@ class Step:
         asked = [_base_draw(r, at) for r in proposing]
         drawn = self._proposer.draw(asked, outputs, [r.uniform() for r in proposing])
         for r, draw, d in zip(proposing, asked, drawn, strict=True):
-            r.proposals.append(Proposal(d.token, outputs.logits(draw.rows)[0].clone()))
+            r.proposals.append(Proposal(d.token, outputs.alone(draw.rows[0])))
 
     def _proposed(self, r: Running) -> bool:
         """Whether the base has proposed all that it may before the guide has its say."""
@@ -99,9 +103,13 @@ class Step:
         for r in [*guided, *checking]:
             sequence = r.history + [p.token for p in r.proposals[:-1]]
             for row in r.rows[1:]:
+                if row.looks:
+                    continue
                 rows.append(row)
                 tokens.append(sequence[len(row.tokens) :])
                 needed.append(max(1, len(r.proposals)))
+        if not rows:
+            return outputs
         longest = max(map(len, tokens))
         keep = max(longest - len(t) + n for t, n in zip(tokens, needed, strict=True))
         more = self._runner.feed(rows, tokens, keep)
@@ -112,13 +120,16 @@ class Step:
 
     def _check(self, r: Running, outputs: Outputs, at: _At) -> list[Token]:
         """The tokens that stand of what the base has proposed, and the one that replaces the first that doesn't."""
-        base_NV = torch.stack([p.logits_V for p in r.proposals])
-        logits_RNV = torch.stack([base_NV, *(outputs.logits(at[row]) for row in r.rows[1:])])
+        count = len(r.proposals)
+        both = r.proposals[0].base
+        for later in [*(p.base for p in r.proposals[1:]), outputs]:
+            both = both.then(later)
+        rows = [(n, *(count + at[row][n] for row in r.rows[1:])) for n in range(count)]
         proposed = [p.token for p in r.proposals]
         uniforms = [r.uniform() for _ in range(2 * len(proposed))]
         r.proposals = []
         tokens = []
-        for drawn in verify(r.plan, r.request.sampling, proposed, logits_RNV, uniforms):
+        for drawn in verify(r.plan, r.request.sampling, proposed, both, rows, uniforms):
             tokens.append(self._token(r, drawn, guided=True))
             if tokens[-1].finished is not None:
                 break
@@ -148,6 +159,35 @@ class Step:
         return Token(drawn.token, drawn.logprob, finished, text, guided, drawn.value)
 
 
+class Looks:
+    """The rows that look ahead in one step: all their candidates run in one forward, when they are known."""
+
+    def __init__(self, runner: RowRunner) -> None:
+        self._runner = runner
+        self._rows: dict[int, tuple[LiveRow, Sequence[int]]] = {}
+        self._seen: dict[int, torch.Tensor] = {}
+
+    def add(self, outputs: Outputs, row: LiveRow, history: Sequence[int]) -> int:
+        """The number among the outputs of a row that looks ahead from ``history``."""
+        number = outputs.add(self)
+        self._rows[number] = row, history
+        return number
+
+    def __call__(self, rows: Sequence[int], ids_NC: torch.Tensor | None) -> torch.Tensor:
+        """The values of these candidates, [N, C]."""
+        assert ids_NC is not None  # a plan sees to it
+        places = [n for n, row in enumerate(rows) if row not in self._seen]
+        if places:
+            values_NC = self._runner.look([self._rows[rows[n]] for n in places], ids_NC[places])
+            self._seen.update({rows[n]: values_C for n, values_C in zip(places, values_NC, strict=True)})
+        return torch.stack([self._seen[row] for row in rows])
+
+    def take(self, rows: Sequence[LiveRow], drawn: Drawn) -> None:
+        """These rows go on from the candidate that was drawn."""
+        for row in rows:
+            self._runner.take(row, drawn.place, drawn.token)
+
+
 def _next(r: Running) -> int:
     return r.proposals[-1].token if r.proposals else r.history[-1]
 
@@ -155,7 +195,7 @@ def _next(r: Running) -> int:
 def _draw(r: Running, at: _At) -> Draw:
     rows = tuple(at[row][0] for row in r.rows)
     values = r.plan.values if r.plan.valued else ()
-    return Draw(rows, r.plan.weights, r.plan.candidates, r.request.sampling, values)
+    return Draw(rows, r.plan.weights, r.plan.candidates, r.request.sampling, values, r.plan.ahead > 0)
 
 
 def _base_draw(r: Running, at: _At) -> Draw:

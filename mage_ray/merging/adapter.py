@@ -19,11 +19,15 @@ from safetensors.torch import load_file, save
 
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path, write_atomic
+from mage_ray.merging.value_head import ValueHead
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "mage_ray.json"
 """What the adapter was trained from, by content; beside PEFT's files, which have no place for it."""
+
+HEAD_FILE = "value_head.safetensors"
+"""A value model's head, beside its adapter."""
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
@@ -75,6 +79,8 @@ class Adapter:
     base_model: str | None = None
     tokenizer: str | None = None
     fan_in_fan_out: bool = False
+    head: ValueHead | None = None
+    """A value model's head; None for a policy."""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def check_origin(self, base_model: str, tokenizer: str) -> None:
@@ -119,6 +125,7 @@ def load_adapter(folder: Path | str, name: str | None = None) -> Adapter:
         base_model=origin.get("base_model"),
         tokenizer=origin.get("tokenizer"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        head=ValueHead.of(_read_tensors(folder / HEAD_FILE, name), name) if (folder / HEAD_FILE).exists() else None,
         notes=origin,
     )
 
@@ -155,6 +162,8 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> None:
     with atomic_path(Path(folder)) as partial:
         partial.mkdir()
         write_atomic(partial / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+        if adapter.head is not None:
+            write_atomic(partial / HEAD_FILE, save(adapter.head.tensors()))
         write_atomic(partial / CONFIG_FILE, json.dumps(config, indent=1))
         write_atomic(partial / ORIGIN_FILE, json.dumps({k: v for k, v in origin.items() if v is not None}, indent=1))
 

@@ -52,7 +52,7 @@ weights = st.lists(st.floats(-3, 3).filter(lambda w: abs(w) > 1e-3), min_size=1,
 def test_guided_logprobs_are_the_formula(plans: list[list[float]], whole: bool, seed: int, data: st.DataObject) -> None:
     logits_RV = torch.randn(sum(map(len, plans)), V, generator=torch.Generator().manual_seed(seed)) * 4
     ks = None if whole else [data.draw(st.integers(1, V + 5)) for _ in plans]
-    logprobs_QC, ids_QC = guided_logprobs(Outputs(logits_RV), combination(plans, ks))
+    logprobs_QC, ids_QC = guided_logprobs(Outputs.of(logits_RV), combination(plans, ks))
     start = 0
     for q, plan in enumerate(plans):
         expected = formula(logits_RV[start : start + len(plan)].numpy(), plan, None if ks is None else ks[q])
@@ -68,13 +68,13 @@ def test_float64_logits_keep_their_precision() -> None:
     logits_RV = torch.randn(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     how = combination([[1.0, 1.5, -1.5]])
     how = replace(how, weight_R=how.weight_R.double())
-    got, _ = guided_logprobs(Outputs(logits_RV), how)
+    got, _ = guided_logprobs(Outputs.of(logits_RV), how)
     expected = formula(logits_RV.numpy(), [1.0, 1.5, -1.5], None)
     np.testing.assert_allclose(got[0].numpy(), [expected[a] for a in range(V)], atol=1e-12)
 
 
 def known(*rows: list[float]) -> Outputs:
-    return Outputs(torch.tensor(rows).log())
+    return Outputs.of(torch.tensor(rows).log())
 
 
 BASE = [0.5, 0.3, 0.15, 0.05]
@@ -131,8 +131,8 @@ def test_linear_softmax_merging_and_ensembling_agree_to_rounding() -> None:
     one = combination([[1.0]] * 7)
     exact = torch.tensor(lam.tolist() * 7, dtype=torch.float64)
     many = replace(combination([lam.tolist()] * 7), weight_R=exact)
-    from_merge, _ = guided_logprobs(Outputs(merged), one)
-    from_ensemble, _ = guided_logprobs(Outputs(experts), many)
+    from_merge, _ = guided_logprobs(Outputs.of(merged), one)
+    from_ensemble, _ = guided_logprobs(Outputs.of(experts), many)
     np.testing.assert_allclose(from_merge.numpy(), from_ensemble.numpy(), atol=1e-12)
 
 
