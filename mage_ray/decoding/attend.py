@@ -37,7 +37,7 @@ def attend(
     """What the queries see, [B, T, H * D]; the new keys and values, rotated, are then in the slots.
 
     ``qkv_BTX`` holds H queries, G keys and G values of each token beside each other, before their rotation by
-    ``cos_BTD`` and ``sin_BTD``. Each token sees its slot's positions up to its own.
+    ``cos_BTD`` and ``sin_BTD``. Each token sees what the slots' window says.
     """
     made = _library()
     assert made is not None, "can_attend first"
@@ -48,7 +48,9 @@ def attend(
     seen_BTX = qkv_BTX.new_empty(rows, tokens, heads[0] * head)
     threads = torch.get_num_threads()
     window = slots.window
-    scratch = qkv_BTX.new_empty(threads * window.visible)
+    # A token sees itself besides what is before it.
+    reach = (window.visible // _WIDTH + 1) * _WIDTH
+    scratch = qkv_BTX.new_empty(threads * reach)
     made.attend(
         qkv_BTX.data_ptr(),
         cos_BTD.data_ptr(),
@@ -56,7 +58,7 @@ def attend(
         keys_SLGD.data_ptr(),
         values_SLGD.data_ptr(),
         window.start_B.data_ptr(),
-        window.position_BT.data_ptr(),
+        window.seen_BT.data_ptr(),
         window.write_N.data_ptr(),
         seen_BTX.data_ptr(),
         scratch.data_ptr(),
@@ -64,7 +66,7 @@ def attend(
         tokens,
         *heads,
         head,
-        window.visible,
+        reach,
         scale,
         threads,
     )

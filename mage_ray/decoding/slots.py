@@ -19,14 +19,14 @@ _GROWTH = 64
 class Window:
     """Which slots the running forward reads, where it writes, and how far it may look.
 
-    Row b's slot begins at ``start_B`` of all positions of all slots; its tokens are at ``position_BT`` in it, and are
-    written to ``write_N`` of all positions, N = B * T.
+    Row b's slot begins at ``start_B`` of all positions of all slots. Its tokens are written to ``write_N`` of all
+    positions, N = B * T; each looks at the first ``seen_BT`` positions of its slot, and at itself.
     """
 
     def __init__(self) -> None:
         self.slots: slice | torch.Tensor = slice(0, 0)
         self.visible = self.capacity = 0
-        self.start_B = self.position_BT = self.write_N = torch.empty(0, dtype=torch.long)
+        self.start_B = self.seen_BT = self.write_N = torch.empty(0, dtype=torch.long)
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -110,7 +110,7 @@ class KVSlots(Cache):
         w = self.window
         w.slots, w.visible = slots, visible
         w.capacity = max(w.capacity, self.capacity(visible))
-        w.start_B, w.position_BT = place_B * w.capacity, position_BT
+        w.start_B, w.seen_BT = place_B * w.capacity, position_BT + 1
         w.write_N = (w.start_B[:, None] + written_BT).flatten()
 
     def whole(self, layer: int, heads: int, head: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
