@@ -23,6 +23,7 @@ import decoding  # noqa: E402
 import llama  # noqa: E402
 import results  # noqa: E402
 import rivals  # noqa: E402
+import tradeoffs  # noqa: E402
 from arms import Arm, make_arms, ours  # noqa: E402
 from naive import NaiveReference  # noqa: E402
 from setting import PREFERENCES, BenchError, Prompt, Prompts, guided, load, random_experts, unguided  # noqa: E402
@@ -419,3 +420,20 @@ print("LOADED", *(m for m in sys.modules if m.startswith("mage_ray.")))
     layer = 48 * (64 + 32 + 32) + 64 * 48 + 3 * 48 * 96 + 2 * 48 + 2 * 16
     assert step["weight_bytes"] == 2 * (2 * layer + 48 + 160 * 48)
     assert written["setting"]["dtype"] == "bfloat16"
+
+
+def test_tradeoffs_are_measured_and_add_up(tmp_path: Path) -> None:
+    """Speculation has the control of full guidance, the base none; what is recomputed needs no correction."""
+    file = tmp_path / "tradeoffs.json"
+    assert tradeoffs.main(["--out", str(file), "--model", "tiny", "--rounds", "2", "--threads", "1"]) == 0
+    made = json.loads(file.read_text())
+    by_arm = {point["arm"]: point for point in made["cadences"]}
+    assert by_arm["unguided"]["control"] == 0 and by_arm["every token"]["control"] == 1
+    assert by_arm["unguided"]["guide_score"] < by_arm["every token"]["low"]
+    assert by_arm["every 8"]["guided_share"] == pytest.approx(1 / 8)
+    assert by_arm["speculate 4"]["guided_share"] == 1
+    assert all(point["tokens_per_s_b1"] > 0 and point["low"] <= point["guide_score"] for point in by_arm.values())
+    [point] = made["changes"]  # the tiny model holds 256 positions
+    assert point["context"] == 64
+    assert point["kl_0"] > 0 and point["kl_32"] < point["kl_unchanged"]
+    assert point["keep_s"] > 0 and point["recompute_s"] > 0
