@@ -47,7 +47,11 @@ class Attention:
         return self.kinds == (_FULL,)
 
     def masks(
-        self, position_BT: torch.Tensor, visible: int, seen_BT: torch.Tensor | None = None, own_BT: torch.Tensor | None = None
+        self,
+        position_BT: torch.Tensor,
+        visible: int,
+        seen_BT: torch.Tensor | None = None,
+        own_BT: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask [B, 1, T, L] of tokens at ``position_BT``, L = ``visible``; by kind where there are several.
 

@@ -31,9 +31,9 @@ class StepGraphs:
         self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Raw]] = {}
 
     def run(self, tokens: Sequence[int], starts: Sequence[int]) -> Raw:
-        """What ``run`` gives for the first rows after feeding ``tokens[b]`` to the row in slot b, which holds ``starts[b]`` tokens.
+        """What the model gives after feeding ``tokens[b]`` to the row in slot b, which holds ``starts[b]`` tokens.
 
-        They are valid until the next run.
+        It is valid until the next run.
         """
         count = len(tokens)
         rows = self._bucket(count, 1, self._rows)

@@ -354,7 +354,9 @@ class RowRunner:
         inputs = {
             "input_ids": input_BT,
             "position_ids": position_BT,
-            "attention_mask": self._attention.masks(position_BT, visible, seen_BT, None if seen_BT is None else written_BT),
+            "attention_mask": self._attention.masks(
+                position_BT, visible, seen_BT, None if seen_BT is None else written_BT
+            ),
             "past_key_values": self._slots,
             "use_cache": True,
         }
@@ -392,7 +394,9 @@ class RowRunner:
         A model that can't be run here fails now.
         """
         raws = [self._probed(layers, min(self.length, tokens)) for tokens in (4, 2 * FEW)]
-        return torch.cat([raw.logits_RV if raw.hidden_RE is None or raw.logits_RV is not None else raw.hidden_RE for raw in raws])
+        return torch.cat(
+            [raw.logits_RV if raw.hidden_RE is None or raw.logits_RV is not None else raw.hidden_RE for raw in raws]
+        )
 
     def _probed(self, layers: int, tokens: int) -> Raw:
         self._slots = KVSlots(layers, 1, tokens)

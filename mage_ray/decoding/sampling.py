@@ -35,9 +35,9 @@ class Combination:
 def guided_logprobs(outputs: Outputs, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``sum_r weight_r S_r(a)``, normalised over each request's candidates (METHOD.md section 2).
 
-    ``S_r`` is a row's log-probability, or a value model's value. Returns log-probabilities [Q, C] in the logits' dtype (float32 at least) and the candidates' token ids [Q, C], None
-    when all tokens are candidates, in which case C = V. A token that any row of positive weight rules out (-inf) stays
-    ruled out, whatever the others say.
+    ``S_r`` is a row's log-probability, or a value model's value. Returns log-probabilities [Q, C] in the scores' dtype
+    (float32 at least) and the candidates' token ids [Q, C], None when all tokens are candidates, in which case C = V. A
+    token that any row of positive weight rules out (-inf) stays ruled out, whatever the others say.
     """
     if how.candidates_Q is None:
         return _weighted_sum(_precise(outputs.scores(how.rows)), how).log_softmax(-1), None

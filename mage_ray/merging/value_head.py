@@ -21,9 +21,9 @@ Kind = Literal["scalar", "vocabulary"]
 class ValueHead:
     """``V(s) = weight . h + bias`` of the last hidden state h [E], in the units of the reward that it was trained on.
 
-    A *vocabulary* head has ``down`` [r, E] and ``up`` [E, r] besides: ``Q(s, a) = V(s) + e_a . up down h``, with e_a the
-    model's input embedding of token a. Merging is linear in ``weight``, ``bias`` and the product ``up down``, as it is
-    in LoRA's deltas. Derived.
+    A *vocabulary* head has ``down`` [r, E] and ``up`` [E, r] besides: ``Q(s, a) = V(s) + e_a . up down h``, where e_a
+    is the model's input embedding of token a. Merging is linear in ``weight``, ``bias`` and the product ``up down``, as
+    it is in LoRA's deltas. Derived.
     """
 
     weight_E: torch.Tensor
@@ -35,7 +35,6 @@ class ValueHead:
     def kind(self) -> Kind:
         """Whether it scores all next tokens from one state, or one state alone."""
         return "scalar" if self.down_rE is None else "vocabulary"
-
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file of it holds."""
@@ -58,7 +57,7 @@ class ValueHead:
 
 
 class ValueHeads:
-    """The heads of a bank's experts, None for those that are no value models; ``mix`` gives each row its merged head."""
+    """The heads of a bank's experts, None for those that are no value models. Each row gets the head it merges."""
 
     def __init__(self, heads: Sequence[ValueHead | None], embedding_VE: torch.Tensor) -> None:
         """Raises FieldError when a head is made for another hidden size."""
@@ -83,7 +82,9 @@ class ValueHeads:
         for k, (coefficient, head) in enumerate(zip(coefficients, self._heads, strict=True)):
             if coefficient != 0 and (head is None or (kind == "vocabulary" and head.kind != kind)):
                 got = "no value head" if head is None else f"a {head.kind} head"
-                raise FieldError("plan.rows", f"a {kind} row over expert {k}, which has {got}", f"experts with a {kind} head")
+                raise FieldError(
+                    "plan.rows", f"a {kind} row over expert {k}, which has {got}", f"experts with a {kind} head"
+                )
 
     def scalar(self, hidden_RE: torch.Tensor, coefficients_RK: torch.Tensor) -> torch.Tensor:
         """``V`` of each row, [R], by the head that its coefficients make."""

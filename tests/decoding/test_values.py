@@ -69,7 +69,9 @@ class Valued(Tiny):
     def formula(self, plan: Plan, sequence: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [C], log-probabilities [C]) of the plan after a sequence, one row and one candidate at a time."""
         base_V = self.merged(plan.rows[0])(torch.tensor([list(sequence)])).logits[0, -1].log_softmax(-1)
-        ids_C = torch.arange(len(base_V)) if plan.candidates is None else base_V.topk(plan.candidates).indices.sort().values
+        ids_C = (
+            torch.arange(len(base_V)) if plan.candidates is None else base_V.topk(plan.candidates).indices.sort().values
+        )
         total_C = torch.zeros(len(ids_C), dtype=torch.float64)
         for row, weight in zip(plan.rows, plan.weights, strict=True):
             if row.head is None:
@@ -101,12 +103,12 @@ PLANS = {
     "V merged": Plan.guided(BASE, [(scalar(*MIXED), 1.0)], STRENGTH, 9),
     "V ensembled": Plan.guided(BASE, [(scalar(*UNITS[k]), lam) for k, lam in ((1, 1.75), (2, -0.75))], STRENGTH, 7),
     "Q merged": Plan.guided(BASE, [(vocabulary(*MIXED), 1.0)], STRENGTH, 9),
-    "Q ensembled": Plan.guided(BASE, [(vocabulary(*UNITS[k]), lam) for k, lam in ((1, 1.75), (3, -0.75))], STRENGTH, 12),
+    "Q ensembled": Plan.guided(
+        BASE, [(vocabulary(*UNITS[k]), lam) for k, lam in ((1, 1.75), (3, -0.75))], STRENGTH, 12
+    ),
     "Q over all": Plan.guided(BASE, [(vocabulary(*MIXED), 1.0)], STRENGTH),
     "V and Q": Plan.guided(BASE, [(scalar(*MIXED), 0.5), (vocabulary(*MIXED), 0.5)], STRENGTH, 6),
-    "explicit and implicit": Plan.guided(
-        BASE, [(scalar(*MIXED), 0.5), (GUIDE, 1.0), (ZERO, -1.0)], STRENGTH, 5
-    ),
+    "explicit and implicit": Plan.guided(BASE, [(scalar(*MIXED), 0.5), (GUIDE, 1.0), (ZERO, -1.0)], STRENGTH, 5),
 }
 PROMPTS = [ids(text) for text in ("a", "tell me more about it", "what is the best way to a good night's sleep?")]
 
@@ -116,9 +118,7 @@ PROMPTS = [ids(text) for text in ("a", "tell me more about it", "what is the bes
 def test_all_kinds_in_one_batch_are_the_formula(valued: Valued, temperature: float, fixed: bool) -> None:
     engine = valued.engine(rows=40, stop=(), fixed=fixed)
     plans = list(PLANS.values())
-    asked = [
-        Request(PROMPTS[i % 3], plan, Sampling(5, temperature, seed=i)) for i, plan in enumerate([*plans, *plans])
-    ]
+    asked = [Request(PROMPTS[i % 3], plan, Sampling(5, temperature, seed=i)) for i, plan in enumerate([*plans, *plans])]
     for request, answer in zip(asked, engine.generate(asked), strict=True):
         answer.require()
         for t, (token, logprob) in enumerate(zip(answer.ids, answer.logprobs, strict=True)):
