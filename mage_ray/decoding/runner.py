@@ -1,4 +1,4 @@
-"""RowRunner: a model, a bank and KV slots; the only place where a forward happens.
+"""RowRunner: the rows of a backbone, each in its KV slot, and what they are fed.
 
 Legend: R rows, B rows of one forward, K experts, E hidden size, V vocabulary, T tokens, L positions.
 """
@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from mage_ray.decoding.attend import FEW
-from mage_ray.decoding.attention import Attention
+from mage_ray.decoding.backbone import Backbone
 from mage_ray.decoding.graphs import StepGraphs
-from mage_ray.decoding.lean import lighten
-from mage_ray.decoding.outputs import Head, Outputs, Raw, Scorer, VocabularyScorer
+from mage_ray.decoding.outputs import Outputs, Raw, Scorer, VocabularyScorer
 from mage_ray.decoding.plan import Row
 from mage_ray.decoding.prefixes import PrefixStore, common_length
 from mage_ray.decoding.slots import KVSlots
 from mage_ray.errors import FieldError
 from mage_ray.merging.bank import AdapterBank
-from mage_ray.merging.value_head import ValueHeads
 
 PREFILL_TOKENS = 2048
 """Padded tokens in one forward at most: enough to fill the cores, few enough to bound memory."""
@@ -92,25 +87,15 @@ class RowRunner:
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise FieldError("length", length, f"at most {limit} tokens, this model's max_position_embeddings")
-        self.model = model.eval()
-        self.length = length
-        self.experts = len(bank) if bank is not None else 0
-        bank = bank or AdapterBank([])
-        weight_VE = _tied_weight(model)
-        self._mix = bank.install(model)
-        self._values = _value_heads(model, bank)
-        # Prefill needs no logits: the body alone runs then.
-        self._body = getattr(model, "base_model", model)
-        self._attention = Attention.of(model, length)
-        self._live: list[LiveRow] = []
-        kept = 8 * length if kept is None else kept
-        layers = config.num_hidden_layers
-        self._slots = KVSlots(layers, 1, 1)
-        self._head: Head | None = None
         fixed = model.device.type == "cuda" if fixed is None else fixed
         # Shapes are fixed when all rows go through the head.
-        self._lighten(layers, None if fixed else _head(model, bank, weight_VE))
-        per_position = self._slots.bytes_per_position
+        self._backbone = Backbone(model, bank or AdapterBank([]), length, whole=fixed)
+        self.model = model
+        self.length = length
+        self.experts = self._backbone.experts
+        self._live: list[LiveRow] = []
+        kept = 8 * length if kept is None else kept
+        per_position = self._backbone.bytes_per_position
         if memory is not None and per_position:
             fitting = (memory // per_position - kept) // KVSlots.capacity(length)
             if fitting < 1:
@@ -122,7 +107,7 @@ class RowRunner:
         self.rows = rows
         self.memory = Memory(rows, length, per_position, kept)
         self._kept = PrefixStore(kept)
-        self._slots = KVSlots(layers, rows, length, fixed)
+        self._slots = KVSlots(self._backbone.layers, rows, length, fixed)
         self._coefficients_RK = torch.zeros(rows, self.experts, device=model.device, dtype=model.dtype)
         self._graphs = StepGraphs(self._run, rows, length, model.device) if fixed else None
 
@@ -141,9 +126,9 @@ class RowRunner:
         if len(row.coefficients) != self.experts:
             raise FieldError("coefficients", list(row.coefficients), f"{self.experts} numbers, one for each expert")
         if row.head is not None:
-            if self._values is None:
+            if self._backbone.values is None:
                 raise FieldError("plan.rows", f"a {row.head} row", "policies: no expert here has a value head")
-            self._values.check(row.coefficients, row.head)
+            self._backbone.values.check(row.coefficients, row.head)
 
     @torch.inference_mode()
     def start(self, row: Row, goal: Sequence[int] = ()) -> LiveRow:
@@ -234,7 +219,7 @@ class RowRunner:
             raw = self._run(*self._padded(places, tokens, starts, longest, visible), visible, keep)
         for row, fed in zip(rows, tokens, strict=True):
             row.tokens.extend(fed)
-        return Outputs(raw, self._head, self._scorers(rows, raw, keep))
+        return Outputs(raw, self._backbone.head, self._scorers(rows, raw, keep))
 
     @torch.inference_mode()
     def look(self, rows: Sequence[tuple[LiveRow, Sequence[int]]], ids_NC: torch.Tensor) -> torch.Tensor:
@@ -243,7 +228,7 @@ class RowRunner:
         All in one forward, in which a row's candidates share a position and don't see each other. What a row lacks of
         its tokens is fed on the way. ``take`` says which candidate it goes on from.
         """
-        assert self._values is not None
+        assert self._backbone.values is not None
         device, count = self.model.device, ids_NC.shape[1]
         lacking = [list(history[len(row.tokens) :]) for row, history in rows]
         longest, visible = max(map(len, lacking)), max(len(history) for _, history in rows) + count
@@ -265,7 +250,7 @@ class RowRunner:
         for (row, _), missing in zip(rows, lacking, strict=True):
             row.tokens.extend(missing)
         coefficients_RK = self._coefficients_RK[place_N].repeat_interleave(count, 0)
-        return self._values.scalar(raw.hidden_RE, coefficients_RK).view(len(rows), count)
+        return self._backbone.values.scalar(raw.hidden_RE, coefficients_RK).view(len(rows), count)
 
     @torch.inference_mode()
     def take(self, row: LiveRow, place: int, token: int) -> None:
@@ -345,113 +330,16 @@ class RowRunner:
         keep: int,
         seen_BT: torch.Tensor | None = None,
     ) -> Raw:
-        """One forward: hidden states, and the logits unless the head comes later, of the last ``keep`` columns.
-
-        Tokens see their slot up to their position or, where ``seen_BT`` is given, its first so many places and
-        themselves. Everything that changes from step to step is in tensors, so that it can be captured.
-        """
-        self._slots.open(slots, place_B, position_BT + 1 if seen_BT is None else seen_BT, written_BT, visible)
-        inputs = {
-            "input_ids": input_BT,
-            "position_ids": position_BT,
-            "attention_mask": self._attention.masks(
-                position_BT, visible, seen_BT, None if seen_BT is None else written_BT
-            ),
-            "past_key_values": self._slots,
-            "use_cache": True,
-        }
-        with self._mix.rows(self._coefficients_RK[slots]):
-            if keep == 0:
-                self._body(**inputs)
-                return Raw(None, torch.empty(0))
-            if self._head is not None or seen_BT is not None:
-                return Raw(self._body(**inputs).last_hidden_state[:, -keep:].flatten(0, 1), None)
-            if self._values is None:
-                return Raw(None, self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1))
-            # The model makes its logits in its own way; on the way it is seen what they are made from.
-            passing: list[torch.Tensor] = []
-            hook = self._body.register_forward_hook(lambda *seen: passing.append(seen[2].last_hidden_state))
-            try:
-                logits_RV = self.model(**inputs, logits_to_keep=keep).logits.flatten(0, 1)
-            finally:
-                hook.remove()
-            return Raw(passing[0][:, -keep:].flatten(0, 1), logits_RV)
+        """The backbone's forward over these slots."""
+        own = (self._slots, slots, place_B, self._coefficients_RK[slots])
+        return self._backbone.run(*own, input_BT, position_BT, written_BT, visible, keep, seen_BT)
 
     def _scorers(self, rows: Sequence[LiveRow], raw: Raw, keep: int) -> dict[int, Scorer]:
         """Who scores the rows of a forward that are a vocabulary head's."""
         which = [b for b, row in enumerate(rows) if row.row.head == "vocabulary"] if keep else []
         if not which:
             return {}
-        assert self._values is not None and raw.hidden_RE is not None
+        assert self._backbone.values is not None and raw.hidden_RE is not None
         coefficients_BK = self._coefficients_RK[[row.place for row in rows]]
-        scorer = VocabularyScorer(self._values, raw.hidden_RE, coefficients_BK.repeat_interleave(keep, 0))
+        scorer = VocabularyScorer(self._backbone.values, raw.hidden_RE, coefficients_BK.repeat_interleave(keep, 0))
         return {b * keep + t: scorer for b in which for t in range(keep)}
-
-    @torch.inference_mode()
-    def _probe(self, layers: int) -> torch.Tensor:
-        """The logits, or what comes before the head, of a few tokens and of many; this also shows the size of a slot.
-
-        A model that can't be run here fails now.
-        """
-        raws = [self._probed(layers, min(self.length, tokens)) for tokens in (4, 2 * FEW)]
-        return torch.cat(
-            [raw.logits_RV if raw.hidden_RE is None or raw.logits_RV is not None else raw.hidden_RE for raw in raws]
-        )
-
-    def _probed(self, layers: int, tokens: int) -> Raw:
-        self._slots = KVSlots(layers, 1, tokens)
-        self._coefficients_RK = torch.zeros(1, self.experts, device=self.model.device, dtype=self.model.dtype)
-        position_1T = torch.arange(tokens, device=self.model.device)[None]
-        inputs = (position_1T % 4, position_1T, position_1T)
-        return self._run(slice(0, 1), position_1T[0, :1], *inputs, tokens, tokens)
-
-    def _lighten(self, layers: int, head: Head | None) -> None:
-        """Give the model lean layers, and the head to the outputs, each if that computes the same here."""
-        expected_TV = self._probe(layers)
-        tolerance = 1e-4 if expected_TV.dtype == torch.float32 else 0.1
-
-        def same(got_TV: torch.Tensor) -> bool:
-            return bool((got_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max())
-
-        undo = lighten(self.model, self._attention)
-        if not same(self._probe(layers)):
-            undo()
-        if head is not None:
-            self._head = head
-            hidden_TE = self._probe(layers)
-            if not (
-                hidden_TE.shape[-1] == self.model.config.get_text_config().hidden_size and same(head.project(hidden_TE))
-            ):
-                self._head = None
-
-
-def _output(model: PreTrainedModel) -> nn.Module | None:
-    """The model's head, the module that makes logits, if it says which one that is."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _tied_weight(model: PreTrainedModel) -> torch.Tensor | None:
-    """The weight [V, E] of a head that is the embedding's, too, and so stays whatever is done to the head."""
-    head = _output(model)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        return None
-    embedding: Any = model.get_input_embeddings()
-    return head.weight.detach() if getattr(embedding, "weight", None) is head.weight else None
-
-
-def _head(model: PreTrainedModel, bank: AdapterBank, weight_VE: torch.Tensor | None) -> Head | None:
-    """The model's head as it is now, if no expert touches it."""
-    head = _output(model)
-    names = {name for name, module in model.named_modules() if module is head}
-    if head is None or any(not names.isdisjoint(expert.factors) for expert in bank.experts):
-        return None
-    return Head(head, weight_VE)
-
-
-def _value_heads(model: PreTrainedModel, bank: AdapterBank) -> ValueHeads | None:
-    """The bank's value heads, where any expert has one."""
-    heads = [expert.head for expert in bank.experts]
-    if all(head is None for head in heads):
-        return None
-    embedding: Any = model.get_input_embeddings()
-    return ValueHeads(heads, embedding.weight.detach())
