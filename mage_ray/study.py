@@ -114,6 +114,28 @@ class TrainingSpec(_Part):
     checkpoint_every: Positive = 25
 
 
+class ValuesSpec(_Part):
+    """Explicit value models, one for each objective: LoRA and a head, trained on the rollout pool's rewards.
+
+    What isn't said here (workers, precision, ZeRO) is as in ``training``.
+    """
+
+    target: Literal["final", "td"] = "final"
+    """What a prefix should be worth: the finished answer's reward (FUDGE), or TD(lambda)'s return (VAS)."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """lambda of TD(lambda)."""
+    head: Literal["scalar", "vocabulary"] = "vocabulary"
+    rank: Positive = 32
+    """Of the vocabulary head."""
+    lora: LoraSpec = LoraSpec()
+    steps: Positive = 100
+    batch_size: Positive = 16
+    """Answers a step, over all workers."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """The share of the prompts whose answers only measure."""
+
+
 class GuidanceSpec(_Part):
     base: Name = "bone"
     """The backbones whose soup is the base model."""
@@ -176,6 +198,8 @@ class Study(_Part):
     prompts: PromptSpec = PromptSpec()
     rollouts: RolloutSpec = RolloutSpec()
     training: TrainingSpec = TrainingSpec()
+    values: ValuesSpec | None = None
+    """None for a study without explicit value models."""
     guidance: GuidanceSpec = GuidanceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
 
@@ -280,7 +304,7 @@ class StudyFolder:
     """Where the parts of a study lie. Every job finds here what the jobs before it left.
 
     study.yaml, rollouts/*.parquet and rollouts/normalisation.json, experts/<set>-<objective>/ (PEFT adapters),
-    evaluation/*.parquet, report/index.html.
+    values/<objective>/ (adapters with value heads), evaluation/*.parquet, report/index.html.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -297,6 +321,10 @@ class StudyFolder:
     def study(self) -> Study:
         """The study that this folder was made for. Raises UserError when it is missing or corrupt."""
         return load_study(self.study_file)
+
+    def value(self, objective: str) -> Path:
+        """The value model of an objective."""
+        return self.path / "values" / objective
 
     def expert(self, backbone: str, objective: str) -> Path:
         """The adapter of the row of ``backbone``'s mix that belongs to ``objective``."""

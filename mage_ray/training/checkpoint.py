@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.errors import UserError
-from mage_ray.merging.adapter import WEIGHTS_FILE
+from mage_ray.merging.adapter import HEAD_FILE, WEIGHTS_FILE
 from mage_ray.training.zero import optimiser_tensors
 
 if TYPE_CHECKING:
     import torch
 
 STATE = "state.json"
+BACKBONE, HEAD = "backbone.", "head."
+"""What the names of a value model's parameters begin with."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,23 @@ class TrainingState:
 
 
 def save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any) -> None:
-    """A PEFT adapter: ``weights`` by PEFT's parameter names (with the adapter's name in them), and its LoraConfig."""
+    """A PEFT adapter: ``weights`` by PEFT's parameter names (with the adapter's name in them), and its LoraConfig.
+
+    A value model's head among them goes into a file of its own.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name.replace(".default.", "."): tensor for name, tensor in weights.items()},
-        folder / WEIGHTS_FILE,
-        metadata={"format": "pt"},
-    )
+    head = {name.removeprefix(HEAD): tensor for name, tensor in weights.items() if name.startswith(HEAD)}
+    lora = {_lora_name(name): tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
+    save_file(lora, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if head:
+        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _lora_name(parameter: str) -> str:
+    return parameter.removeprefix(BACKBONE).replace(".default.", ".")
 
 
 def load_adapter_weights(folder: Path, model: torch.nn.Module) -> None:
@@ -52,7 +61,9 @@ def load_adapter_weights(folder: Path, model: torch.nn.Module) -> None:
     import torch
 
     stored = _read(folder / WEIGHTS_FILE)
-    parameters = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    if (folder / HEAD_FILE).exists():
+        stored |= {HEAD + name: tensor for name, tensor in _read(folder / HEAD_FILE).items()}
+    parameters = {_lora_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != parameters.keys():
         raise UserError(f"{folder}: not an adapter of this study's model; delete it, and the next run makes it again")
     with torch.no_grad():

@@ -30,16 +30,17 @@ def dpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
             return dataset  # It holds tokens; TRL would add an end to those that were cut short.
 
-    spec = run.study.training
+    spec = run.spec
     # Before the model: with ZeRO-3 the arguments make from_pretrained partition the weights as it reads them.
-    config = DPOConfig(**arguments, max_length=None, train_sampling_strategy="sequential")
+    own = {"beta": spec.kl_strength, "disable_dropout": spec.lora.dropout == 0}
+    config = DPOConfig(**arguments, **own, max_length=None, train_sampling_strategy="sequential")
     dtype = "bfloat16" if arguments["bf16"] else "float32"
     model, tokenizer = load_model(run.study.model, dtype), load_tokenizer(run.study.model)
     pairs = run.pairs[done * spec.batch_size : spec.steps * spec.batch_size]
     data = Dataset.from_list(list(_tokens(pairs, Chat(tokenizer, model, run.study.system), run.reference)))
     set_seed(run.study.seed)  # All experts of a study start from one LoRA initialisation: their merge rests on it.
     trainer = Trainer(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(run.study)
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(spec.lora)
     )
     trainer.precompute_ref_logps = True
     trainer.done, trainer.steps = done, spec.steps

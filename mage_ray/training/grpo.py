@@ -21,9 +21,11 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     class Trainer(Continued, GRPOTrainer):
         pass
 
-    study, spec = run.study, run.study.training
+    study, spec = run.study, run.spec
     config = GRPOConfig(
         **arguments,
+        beta=spec.kl_strength,
+        disable_dropout=spec.lora.dropout == 0,
         num_generations=spec.generations_per_prompt,
         max_completion_length=study.rollouts.max_new_tokens,
         temperature=study.rollouts.temperature,
@@ -43,7 +45,7 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
         reward_funcs=[reward_function(name, study.objectives[name], normaliser) for name in run.weights],
         train_dataset=Dataset.from_list([{"prompt": conversation(text, run.study.system)} for text in prompts]),
         processing_class=tokenizer,
-        peft_config=lora_config(study),
+        peft_config=lora_config(spec.lora),
     )
     trainer.done, trainer.steps = done, spec.steps
     return trainer

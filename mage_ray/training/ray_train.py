@@ -24,7 +24,7 @@ def fit(run: Run, in_process: bool = False) -> Path:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    spec = run.study.training
+    spec = run.spec
     gpu = spec.gpus_per_worker > 0
     resources = {"CPU": float(spec.cpus_per_worker)} | ({"GPU": spec.gpus_per_worker} if gpu else {})
     trainer = TorchTrainer(

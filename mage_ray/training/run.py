@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mage_ray.study import Study
-from mage_ray.training.pairs import Pair
+from mage_ray.study import LoraSpec, Study, TrainingSpec
+from mage_ray.training.pairs import Pair, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +37,35 @@ class Run:
     """GRPO: the JSON of the objectives' Normaliser."""
     start: Path | None = None
     """The adapter to start from, for a further round."""
+    examples: Sequence[Example] = ()
+    """Value models: the answers of all steps, in the order of their use."""
 
     @property
     def folder(self) -> Path:
         return self.checkpoints / self.name
 
+    @property
+    def spec(self) -> TrainingSpec:
+        """How it is trained: the study's ``training``, for a value model with what its ``values`` say."""
+        values = self.study.values
+        if not self.examples or values is None:
+            return self.study.training
+        own = {name: getattr(values, name) for name in ("lora", "steps", "batch_size", "learning_rate")}
+        return self.study.training.model_copy(update=own | {"rounds": 1})
 
-def lora_config(study: Study) -> Any:
+
+@dataclass(frozen=True)
+class Example:
+    """An answer to a prompt, by its tokens, and its normalised reward."""
+
+    sample: Sample
+    reward: float
+
+
+def lora_config(lora: LoraSpec) -> Any:
+    """PEFT's configuration."""
     from peft import LoraConfig
 
-    lora = study.training.lora
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number

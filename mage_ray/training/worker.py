@@ -26,6 +26,7 @@ from mage_ray.training.checkpoint import (
 from mage_ray.training.dpo import dpo_trainer
 from mage_ray.training.grpo import grpo_trainer
 from mage_ray.training.run import METRICS, Run
+from mage_ray.training.value_trainer import value_trainer
 from mage_ray.training.zero import full_weights, prepare_deepspeed, zero_config
 
 _MICRO_BATCH = 8
@@ -38,7 +39,7 @@ def train(config: Mapping[str, Run]) -> None:
     import torch
 
     run = config["run"]
-    spec = run.study.training
+    spec = run.spec
     _calm()
     torch.set_num_threads(spec.cpus_per_worker)
     # In-process (ScalingConfig(num_workers=0)) there is no process group, and nothing for ZeRO to share out.
@@ -58,11 +59,11 @@ def train(config: Mapping[str, Run]) -> None:
 def _train_from(run: Run, last: Path | None, rank: int, workers: int, distributed: bool) -> None:
     from transformers import PrinterCallback
 
-    spec = run.study.training
+    spec = run.spec
     done = 0 if last is None else load_state(last).step
     if done >= spec.steps:
         return
-    make = {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
+    make = value_trainer if run.examples else {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
     with tempfile.TemporaryDirectory(prefix="mage_ray-") as scratch:
         arguments = trainer_arguments(spec, run.study.seed, done, workers, distributed, scratch)
         trainer = make(run, done, arguments)
@@ -77,7 +78,7 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
 def trainer_arguments(
     spec: TrainingSpec, seed: int, done: int, workers: int, distributed: bool, scratch: str
 ) -> dict[str, Any]:
-    """The arguments that DPO's and GRPO's trainers share, for the steps that are left."""
+    """The arguments that all trainers share, for the steps that are left."""
     import torch
 
     share = spec.batch_size // workers
@@ -91,11 +92,9 @@ def trainer_arguments(
         "learning_rate": spec.learning_rate,
         "optim": "adamw_torch",
         "max_grad_norm": 1.0,
-        "beta": spec.kl_strength,
         "bf16": bfloat16,
         "use_cpu": not spec.gpus_per_worker or not torch.cuda.is_available(),
         "gradient_checkpointing": False,
-        "disable_dropout": spec.lora.dropout == 0,
         "seed": seed,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -119,7 +118,7 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
     import ray.train
     from transformers import TrainerCallback, set_seed
 
-    spec = run.study.training
+    spec = run.spec
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
