@@ -5,7 +5,8 @@ Legend: R rows, B rows of one forward, K experts, E hidden size, V vocabulary, T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -266,23 +267,44 @@ class RowRunner:
         """
         scores = [torch.empty(0)] * len(tokens)
         some = [i for i, (t, start) in enumerate(zip(tokens, starts, strict=True)) if len(t) > start]
+        with self._fed(row, [tokens[i][:-1] for i in some], [starts[i] for i in some]) as (outputs, places):
+            for own, i in zip(places, some, strict=True):
+                targets = torch.tensor(tokens[i][starts[i] :], device=self.model.device, dtype=torch.long)
+                logits_tV = outputs.logits(own).float()
+                scores[i] = (logits_tV.gather(1, targets[:, None])[:, 0] - logits_tV.logsumexp(-1)).cpu()
+        return scores
+
+    @torch.inference_mode()
+    def values(self, row: Row, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
+        """For each sequence ``V`` after its first ``start`` tokens, and after each further one; float32, on the CPU.
+
+        As ``score`` in all else. Raises FieldError for rows whose experts have no value head.
+        """
+        self.check(Row(row.coefficients, "scalar"))
+        heads = self._backbone.values
+        assert heads is not None
+        coefficients_1K = torch.tensor([row.coefficients], device=self.model.device, dtype=self.model.dtype)
+        with self._fed(row, tokens, starts) as (outputs, places):
+            hidden_RE = outputs.raw.hidden_RE
+            assert hidden_RE is not None
+            return [heads.scalar(hidden_RE[list(own)], coefficients_1K).float().cpu() for own in places]
+
+    @contextmanager
+    def _fed(
+        self, row: Row, tokens: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> Iterator[tuple[Outputs, list[range]]]:
+        """Feed whole sequences under one row; the outputs, and which are those from each one's ``start`` on."""
         rows: list[LiveRow] = []
         try:
-            for i in some:
-                rows.append(self.start(row, tokens[i][: starts[i]]))
+            for sequence, start in zip(tokens, starts, strict=True):
+                rows.append(self.start(row, sequence[:start]))
                 # One after the other where prompts differ: a shared beginning is computed once.
-                if left := tokens[i][len(rows[-1].tokens) : starts[i] - 1]:
+                if left := sequence[len(rows[-1].tokens) : start - 1]:
                     self.feed([rows[-1]], [left], keep=0)
-            fed = [tokens[i][starts[i] - 1 : -1] for i in some]
-            if not some:
-                return scores
-            longest = max(map(len, fed))
-            outputs = self.feed(rows, fed, keep=longest)
-            for b, i in enumerate(some):
-                targets = torch.tensor(tokens[i][starts[i] :], device=outputs.device, dtype=torch.long)
-                logits_tV = outputs.logits(range(b * longest, b * longest + len(targets))).float()
-                scores[i] = (logits_tV.gather(1, targets[:, None])[:, 0] - logits_tV.logsumexp(-1)).cpu()
-            return scores
+            fed = [sequence[start - 1 :] for sequence, start in zip(tokens, starts, strict=True)]
+            longest = max(map(len, fed), default=0)
+            outputs = self.feed(rows, fed, keep=longest) if rows else Outputs.of(torch.empty(0, 0))
+            yield outputs, [range(b * longest, b * longest + len(own)) for b, own in enumerate(fed)]
         finally:
             for started in rows:
                 self.end(started)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.cluster import connected
-from mage_ray.errors import FieldError, UserError
+from mage_ray.errors import FieldError
 from mage_ray.files import atomic_path
 from mage_ray.merging.adapter import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
@@ -20,17 +19,14 @@ from mage_ray.progress import shown as counted_on
 from mage_ray.study import Study, StudyFolder
 from mage_ray.training.checkpoint import load_state
 from mage_ray.training.pairs import Pair, expert_pairs, training_order
-from mage_ray.training.progress import shown
-from mage_ray.training.ray_train import fit
+from mage_ray.training.ray_train import fit_all, room
 from mage_ray.training.reference import pool_logps, reference_logps
 from mage_ray.training.rollouts import load_pool, sample_pool
-from mage_ray.training.run import METRICS, Run
+from mage_ray.training.run import Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
-
-_log = logging.getLogger("mage_ray")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def train_experts(study: Study, folder: StudyFolder, console: Console | None = N
     todo = [expert for expert in todo if expert not in trained]
     pool = load_pool(folder, study)
     with connected():
-        places = _room(study)
+        places = room(study.training)
         for round in range(study.training.rounds):
             todo = _train_round(study, folder, todo, pool, round, places, console)
 
@@ -107,29 +103,19 @@ def _train_round(
 ) -> list[Expert]:
     """One round of all ``experts``; returns them for the next one. The last round puts them in their places."""
     runs = _runs(study, folder, experts, pool, round, console)
-    failures: list[UserError] = []
+    by_name = {run.name: expert for expert in experts for run in [runs[expert.name]]}
+    last = round == study.training.rounds - 1
 
-    def work(expert: Expert, run: Run) -> None:
-        try:
-            checkpoint = fit(run)
-            last = round == study.training.rounds - 1
+    with ThreadPoolExecutor(1) as aside:
+        # In one thread, beside the training: transformers can't be imported from two at once.
+        origin = aside.submit(model_origin, study.model)
+
+        def finished(run: Run, checkpoint: Path) -> None:
+            expert = by_name[run.name]
             places = expert.places if last else [_between(folder, expert, round)]
             _export(study, expert, checkpoint, places, origin.result())
-        except UserError as error:
-            failures.append(error)
-            _log.error("%s", error)
 
-    if console is not None and experts:
-        names = ", ".join(run.name for run in runs.values())
-        console.print(f"training {names}, {at_once} at a time: workers are starting", highlight=False)
-    watched = {run.name: (run.folder / METRICS, study.training.steps) for run in runs.values()}
-    with shown(console, watched), ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(at_once) as threads:
-        # In one thread, beside the training: transformers can't be imported from two at once.
-        origin = aside.submit(_origin, study.model)
-        for future in [threads.submit(work, expert, runs[expert.name]) for expert in experts]:
-            future.result()
-    if failures:
-        raise failures[0]
+        fit_all(list(runs.values()), at_once, finished, console)
     return list(experts)
 
 
@@ -205,7 +191,7 @@ def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Pat
     _copy(places[0], places)
 
 
-def _origin(model: str) -> dict[str, str]:
+def model_origin(model: str) -> dict[str, str]:
     """What the experts are trained from, by content."""
     return {"base_model": fingerprint(model), "tokenizer": tokenizer_fingerprint(load_tokenizer(model))}
 
@@ -215,25 +201,3 @@ def _copy(source: Path, places: Sequence[Path]) -> None:
         if place != source and not is_expert(place):
             with atomic_path(place) as partial:
                 shutil.copytree(source, partial)
-
-
-def _room(study: Study) -> int:
-    """How many experts the cluster has room for at once. Raises UserError when it has none for even one.
-
-    More than that would only wait for each other, with Ray Train's start timeouts ticking.
-    """
-    import ray
-
-    spec = study.training
-    have = ray.cluster_resources()
-    need = {"CPU": spec.workers * spec.cpus_per_worker, "GPU": spec.workers * spec.gpus_per_worker}
-    room = spec.parallel_experts
-    for kind, amount in need.items():
-        if amount > have.get(kind, 0):
-            raise UserError(
-                f"training: an expert takes {amount:g} {kind}s (workers x {kind.lower()}s_per_worker), allowed: at "
-                f"most the {have.get(kind, 0):g} that the Ray cluster has"
-            )
-        if amount:
-            room = min(room, int(have[kind] // amount))
-    return room

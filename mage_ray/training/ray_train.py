@@ -1,13 +1,24 @@
-"""One expert as one Ray Train job."""
+"""One model as one Ray Train job, and several side by side."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mage_ray.errors import UserError
-from mage_ray.training.run import Run
+from mage_ray.study import TrainingSpec
+from mage_ray.training.progress import shown
+from mage_ray.training.run import METRICS, Run
 from mage_ray.training.worker import train
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_log = logging.getLogger("mage_ray")
 
 _RESTARTS = 2
 """How often a job whose worker died goes on from its last checkpoint before it is given up."""
@@ -48,6 +59,54 @@ def fit(run: Run, in_process: bool = False) -> Path:
     if result.checkpoint is None:
         raise UserError(f"expert {run.name}: training ended without a checkpoint")
     return Path(result.checkpoint.path)
+
+
+def fit_all(
+    runs: Sequence[Run], at_once: int, finished: Callable[[Run, Path], None], console: Console | None = None
+) -> None:
+    """``fit`` all of these, ``at_once`` at a time, and hand each one's last checkpoint to ``finished``, in its thread.
+
+    ``console`` is shown the progress. Raises UserError: the first failure, after all others have ended.
+    """
+    failures: list[UserError] = []
+
+    def work(run: Run) -> None:
+        try:
+            finished(run, fit(run))
+        except UserError as error:
+            failures.append(error)
+            _log.error("%s", error)
+
+    if console is not None and runs:
+        names = ", ".join(run.name for run in runs)
+        console.print(f"training {names}, {at_once} at a time: workers are starting", highlight=False)
+    watched = {run.name: (run.folder / METRICS, run.spec.steps) for run in runs}
+    with shown(console, watched), ThreadPoolExecutor(at_once) as threads:
+        for future in [threads.submit(work, run) for run in runs]:
+            future.result()
+    if failures:
+        raise failures[0]
+
+
+def room(spec: TrainingSpec) -> int:
+    """How many of a study's models the cluster can train at once. Raises UserError when it can't even one.
+
+    More than that would only wait for each other, with Ray Train's start timeouts ticking.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": spec.workers * spec.cpus_per_worker, "GPU": spec.workers * spec.gpus_per_worker}
+    places = spec.parallel_experts
+    for kind, amount in need.items():
+        if amount > have.get(kind, 0):
+            raise UserError(
+                f"training: an expert takes {amount:g} {kind}s (workers x {kind.lower()}s_per_worker), allowed: at "
+                f"most the {have.get(kind, 0):g} that the Ray cluster has"
+            )
+        if amount:
+            places = min(places, int(have[kind] // amount))
+    return places
 
 
 def _root_cause(error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class TrainedHead(nn.Module):
-    """A value head: ``V = 0`` and ``Q = V`` at first, ``down`` random but equal for equal seeds (METHOD.md section 5)."""
+    """A value head. At first ``V = 0`` and ``Q = V``; ``down`` is random, and equal for equal seeds."""
 
     def __init__(self, size: int, rank: int | None) -> None:
         super().__init__()
