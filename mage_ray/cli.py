@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     takes_study(verb("demo", _demo, "Train and evaluate on the embedded model, and show three answers."), DEMO)
     takes_study(verb("train", _train, "Sample the rollout pool and train the experts."))
+    takes_study(verb("values", _values, "Train explicit value models on the rollout pool, and measure them."))
     takes_study(
         verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
     )
@@ -94,6 +95,12 @@ def _train(options: argparse.Namespace) -> None:
     from mage_ray import jobs
 
     jobs.train(*jobs.open_study(options.study, options.folder), _console())
+
+
+def _values(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.values(*jobs.open_study(options.study, options.folder), _console())
 
 
 def _evaluate(options: argparse.Namespace) -> None:

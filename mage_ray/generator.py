@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mage_ray.chat import Chat
 from mage_ray.decoding.engine import Engine
 from mage_ray.decoding.plan import Backbones, Cadence, Plan, Row, Setup, plan_for
 from mage_ray.decoding.request import Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
 from mage_ray.errors import FieldError, UserError
-from mage_ray.merging.adapter import Adapter, load_adapter
+from mage_ray.merging.adapter import HEAD_FILE, Adapter, load_adapter
 from mage_ray.merging.bank import AdapterBank
 from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from mage_ray.preference import check_preference, named_preference
@@ -130,14 +132,25 @@ _SCORED_AT_ONCE = 16
 """Sequences in one scoring forward, which holds the logits of all their tokens: 16 of 50 tokens take 160 MB."""
 
 
+VALUES = "values"
+"""The set of explicit value models, beside the backbone sets, which can't have this name."""
+
+
+def trained_sets(folder: StudyFolder, study: Study) -> list[str]:
+    """The sets that a study's methods draw on: its backbones, and its value models where they are trained."""
+    valued = study.values is not None and all(folder.value(name).is_dir() for name in study.objective_names)
+    return [*study.training.backbones, *([VALUES] if valued else [])]
+
+
 def bank_setup(study: Study, sets: Sequence[str]) -> Setup:
     """What a study's methods draw on, with a bank that holds the experts of ``sets``, one set after the other."""
     n = len(study.objectives)
+    mixes = [np.eye(n) if name == VALUES else study.training.backbones[name].mix(n) for name in sets]
     return Setup(
         size=n * len(sets),
         sets={
-            name: Backbones(tuple(range(i * n, (i + 1) * n)), study.training.backbones[name].mix(n))
-            for i, name in enumerate(sets)
+            name: Backbones(tuple(range(i * n, (i + 1) * n)), mix)
+            for i, (name, mix) in enumerate(zip(sets, mixes, strict=True))
         },
         base=study.guidance.base,
         guide=study.guidance.guide,
@@ -145,17 +158,22 @@ def bank_setup(study: Study, sets: Sequence[str]) -> Setup:
         candidates=study.guidance.candidates,
         extrapolation=tuple(study.extrapolation()),
         cadence=study.guidance.cadence,
+        values=VALUES if VALUES in sets else None,
+        head=study.values.head if study.values is not None else "vocabulary",
     )
 
 
 def load_experts(folder: StudyFolder, study: Study) -> dict[str, list[Adapter]]:
-    """The adapters of each backbone set, in the order of the objectives. Raises UserError when one is missing."""
+    """The adapters of each set, in the order of the objectives. Raises UserError when one is missing or has no head."""
     experts: dict[str, list[Adapter]] = {}
-    for name in study.training.backbones:
+    for name in trained_sets(folder, study):
         experts[name] = []
         for objective in study.objective_names:
-            path = folder.expert(name, objective)
+            path = folder.value(objective) if name == VALUES else folder.expert(name, objective)
             if not path.is_dir():
                 raise UserError(f"{path}: there is no expert, allowed: a study that was trained (mage-ray train)")
-            experts[name].append(load_adapter(path))
+            expert = load_adapter(path)
+            if name == VALUES and expert.head is None:
+                raise UserError(f"{path}: a value model without its head ({HEAD_FILE}); delete it to train it anew")
+            experts[name].append(expert)
     return experts

@@ -53,6 +53,40 @@ def train(study: Study, folder: StudyFolder, console: Console) -> None:
         train_experts(study, folder, console)
 
 
+def values(study: Study, folder: StudyFolder, console: Console) -> None:
+    """Train the study's explicit value models on its pool, measure them, and print how well they tell the rewards."""
+    import json
+
+    from rich.table import Table
+
+    from mage_ray.cluster import connected
+    from mage_ray.progress import shown
+    from mage_ray.training.rollouts import sample_pool
+    from mage_ray.training.values import QUALITY, train_values, values_spec
+
+    values_spec(study)
+    with connected():
+        with shown(console, "rollouts") as progress:
+            sample_pool(study, folder, progress=progress)
+        train_values(study, folder, console)
+    table = Table(title="Value models on prompts held out", title_justify="left")
+    for column in (
+        "objective",
+        "share of the answer seen",
+        "rank correlation [90 %]",
+        "mean squared error",
+        "variance",
+    ):
+        table.add_column(column, justify="left" if column == "objective" else "right")
+    for name in study.objective_names:
+        quality = json.loads((folder.value(name) / QUALITY).read_text())
+        for row in quality["by_prefix"]:
+            correlation = f"{row['correlation']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            numbers = (f"{row['seen']:.0%}", correlation, f"{row['error']:.2f}", f"{quality['variance']:.2f}")
+            table.add_row(name, *numbers)
+    console.print(table)
+
+
 def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
     """Generate and score the evaluation's grid, write the report, print the table."""
     from mage_ray.cluster import connected

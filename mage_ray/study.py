@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mage_ray.decoding.plan import METHODS, Cadence
+from mage_ray.decoding.plan import EXPLICIT, METHODS, Cadence
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import write_atomic
 from mage_ray.merging.coefficients import check_mix, circulant_mix
@@ -164,7 +164,7 @@ class GuidanceSpec(_Part):
 
 
 class EvaluationSpec(SamplingSpec):
-    methods: list[str] = Field(default_factory=lambda: list(METHODS), min_length=1)
+    methods: list[str] = Field(default_factory=lambda: [m for m in METHODS if m not in EXPLICIT], min_length=1)
     grid: int | list[list[float]] | None = None
     """Points along an edge, the preferences themselves, or null for the grids of METHOD.md section 6."""
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
@@ -215,6 +215,8 @@ class Study(_Part):
                 spec.mix(len(names))
             except FieldError as error:
                 raise FieldError(f"training.backbones.{backbone}.{error.field}", error.value, error.allowed) from None
+        if "values" in self.training.backbones:
+            raise FieldError("training.backbones", "values", "another name: value models go by this one")
         for role in ("base", "guide"):
             value = getattr(self.guidance, role)
             if value not in self.training.backbones:

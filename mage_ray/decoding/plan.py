@@ -325,6 +325,10 @@ METHODS: dict[str, Callable[[Vector, Setup], Plan]] = {
 }
 
 
+EXPLICIT = ("mage-e-m", "mage-e-e")
+"""Methods for studies with explicit value models."""
+
+
 def plan_for(method: str, mu: Vector, setup: Setup) -> Plan:
     """The plan of a method by its name. Raises FieldError for a name that isn't one."""
     if method not in METHODS:

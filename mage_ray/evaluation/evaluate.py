@@ -17,7 +17,7 @@ from mage_ray.decoding.plan import Plan, plan_for
 from mage_ray.decoding.request import Generation, Request, Sampling, Token
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path
-from mage_ray.generator import Generator, bank_setup, load_experts
+from mage_ray.generator import Generator, bank_setup, load_experts, trained_sets
 from mage_ray.merging.adapter import WEIGHTS_FILE
 from mage_ray.objectives import Normaliser
 from mage_ray.preference import Preference
@@ -49,13 +49,14 @@ class Cell:
 
 def study_cells(study: Study, folder: StudyFolder) -> list[Cell]:
     """The cells of a study's evaluation, method after method. A method that ignores the preference has one cell."""
-    setup = bank_setup(study, list(study.training.backbones))
+    setup = bank_setup(study, trained_sets(folder, study))
     _, prompts = study_prompts(study)
     shared = {
         "model": study.model,
         "system": study.system,
         "dtype": study.dtype,
         "experts": [_digest_of_file(path) for path in sorted(folder.experts.glob(f"*/{WEIGHTS_FILE}"))],
+        "values": [_digest_of_file(path) for path in sorted(folder.path.glob("values/*/*.safetensors"))],
         "objectives": {name: spec.model_dump() for name, spec in study.objectives.items()},
         "normalisation": folder.normalisation.read_text(),
         "prompts": [prompt.id for prompt in prompts],

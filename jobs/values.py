@@ -1,0 +1,7 @@
+"""`ray job submit --working-dir . -- python jobs/values.py …`: the verb `mage-ray values`, with its options."""
+
+import sys
+
+from mage_ray.cli import main
+
+sys.exit(main(["values", *sys.argv[1:]]))
