@@ -1,0 +1,211 @@
+"""Value models in training: targets and loss against formulas, what is learnt, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_pools import make_folder, make_pool, make_study
+
+from mage_ray.chat import Chat
+from mage_ray.decoding.plan import Row
+from mage_ray.decoding.runner import RowRunner
+from mage_ray.errors import UserError
+from mage_ray.generator import Generator
+from mage_ray.merging.adapter import load_adapter
+from mage_ray.merging.bank import AdapterBank
+from mage_ray.models import load_model, load_tokenizer
+from mage_ray.study import Study
+from mage_ray.training.checkpoint import load_adapter_weights, save_adapter
+from mage_ray.training.pairs import Sample, training_order
+from mage_ray.training.ray_train import fit
+from mage_ray.training.run import Example, Run, lora_config
+from mage_ray.training.value_model import ValueModel, targets
+from mage_ray.training.value_trainer import collate
+from mage_ray.training.values import QUALITY, measure, rank_correlation, split, train_values
+from mage_ray.training.zero import full_weights
+
+VALUES: dict[str, Any] = {
+    "steps": 60,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "rank": 4,
+    "lora": {"rank": 4, "alpha": 8},
+}
+
+
+def valued_study(model: Path, **values: Any) -> Study:
+    study = make_study(model)
+    return Study.model_validate(study.model_dump(mode="json") | {"values": VALUES | values})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.floats(0, 1), st.integers(0, 1000))
+def test_targets_are_the_returns_written_out(tokens: int, rows: int, lam: float, seed: int) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    value, reward = torch.randn(rows, tokens, generator=dice), torch.randn(rows, generator=dice)
+    assert torch.equal(targets(value, reward, None), reward[:, None].expand(-1, tokens))
+    got = targets(value, reward, lam)
+    for b in range(rows):
+        values = [*value[b].tolist()[:-1], float(reward[b])]
+        for t in range(tokens):
+            # The mean of all n-step returns, weighted by (1 - lambda) lambda^(n-1), the rest on the final reward.
+            steps = tokens - 1 - t
+            expected = sum((1 - lam) * lam ** (n - 1) * values[t + n] for n in range(1, steps))
+            expected += lam ** max(steps - 1, 0) * float(reward[b])
+            assert float(got[b, t]) == pytest.approx(expected, abs=1e-5)
+
+
+def fresh(model: Path, rank: int | None = 3, lam: float | None = None) -> ValueModel:
+    from peft import get_peft_model
+
+    study = valued_study(model)
+    assert study.values is not None
+    torch.manual_seed(0)
+    base = load_model(str(model))
+    return ValueModel(get_peft_model(base, lora_config(study.values.lora)), 32, rank, lam)
+
+
+BATCH = [
+    {"prompt_ids": [1, 2, 3], "answer_ids": [97, 98], "reward": 0.7},
+    {"prompt_ids": [4], "answer_ids": [99, 100, 101, 102], "reward": -1.2},
+]
+
+
+@pytest.mark.parametrize("lam", [None, 0.6])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_loss_is_the_formula_over_answers_one_by_one(
+    tiny_model_folder: Path, rank: int | None, lam: float | None
+) -> None:
+    model = fresh(tiny_model_folder, rank, lam)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    loss = float(model(**collate(BATCH))["loss"])
+    squares: dict[str, list[float]] = {"V": [], "Q": []}
+    whole = model.backbone.get_base_model()
+    for row in BATCH:
+        prompt, answer, reward = row["prompt_ids"], row["answer_ids"], row["reward"]
+        hidden = whole.base_model(torch.tensor([[*prompt, *answer]])).last_hidden_state[0]  # type: ignore[misc]
+        value = (hidden @ model.head.weight + model.head.bias)[len(prompt) - 1 :]  # type: ignore[arg-type]
+        target = targets(value.detach()[None], torch.tensor([reward]), lam)[0]
+        squares["V"] += (0.5 * (value - target) ** 2).tolist()
+        if rank is not None:
+            matrix = model.head.up @ model.head.down
+            for t, token in enumerate(answer):  # type: ignore[arg-type]
+                state = hidden[len(prompt) - 1 + t]  # type: ignore[arg-type]
+                more = whole.get_input_embeddings().weight[token] @ matrix @ state
+                squares["Q"].append(float(0.5 * (value[t] + more - target[t + 1]) ** 2))
+    expected = sum(float(np.mean(part)) for part in squares.values() if part)
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_brings_the_head_back(tiny_model_folder: Path, tmp_path: Path) -> None:
+    one, other = fresh(tiny_model_folder), fresh(tiny_model_folder)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    save_adapter(tmp_path, full_weights(one), one.peft_config["default"])
+    load_adapter_weights(tmp_path, other)
+    assert float(one(**collate(BATCH))["loss"]) == float(other(**collate(BATCH))["loss"])
+    head = load_adapter(tmp_path).head
+    assert head is not None and head.kind == "vocabulary"
+    assert torch.equal(head.weight_E, one.head.weight.detach())
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr
+
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        one, other = dice.integers(0, 6, 30).astype(float), dice.normal(size=30)
+        assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert rank_correlation(np.ones(4), np.arange(4.0)) == 0
+
+
+def test_no_prompt_is_on_both_sides_of_the_split() -> None:
+    pool = make_pool(prompts=9)
+    for seed in range(5):
+        train, test = split(pool, 0.25, seed)
+        assert len(set(test["prompt_id"])) == 2 and not set(train["prompt_id"]) & set(test["prompt_id"])
+        assert len(train) + len(test) == len(pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "head"), [("final", "vocabulary"), ("td", "scalar")])
+def test_what_a_reward_depends_on_is_learnt(tiny_model_folder: Path, tmp_path: Path, target: str, head: str) -> None:
+    study = valued_study(tiny_model_folder, target=target, head=head)
+    train, test = split(make_pool(prompts=30, samples=6), 0.2, 0)
+    answers = [
+        Example(Sample(p, tuple(ids)), float(r))
+        for p, ids, r in zip(train["prompt"], train["ids"], train["reward/early"], strict=True)
+    ]
+    order = training_order(len(answers), 60 * 8, 0)
+    run = Run("value-early", study, tmp_path, {"early": 1.0}, examples=[answers[i] for i in order])
+    checkpoint = fit(run, in_process=True)
+    quality = measure(study, checkpoint, test, "reward/early")
+    none, half, whole = (row["correlation"] for row in quality["by_prefix"] if row["seen"] in (0.0, 0.5, 1.0))
+    assert whole > 0.8 and whole > half > none
+    assert quality["by_prefix"][-1]["error"] < 0.5 * quality["variance"]
+    model = load_model(str(tiny_model_folder))
+    chat = Chat(load_tokenizer(str(tiny_model_folder)), model)
+    prompt = list(chat.encode("say 3"))
+    runner = RowRunner(model, AdapterBank([load_adapter(checkpoint)]), 8, 100)
+    good, bad = runner.values(Row((1.0,)), [[*prompt, *[100] * 6], [*prompt, *[120] * 6]], [len(prompt)] * 2)
+    assert good[-1] > bad[-1] + 0.5
+
+
+@pytest.mark.slow
+def test_a_studys_value_models_are_trained_once_and_guide(tiny_model_folder: Path, tmp_path: Path) -> None:
+    study = valued_study(tiny_model_folder, steps=4)
+    folder = make_folder(tmp_path / "study", study, make_pool())
+    train_values(study, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.path.glob("values/*/*")}
+    assert {path.parent.name for path in before} == {"early", "late"}
+    quality = json.loads((folder.value("early") / QUALITY).read_text())
+    assert [row["seen"] for row in quality["by_prefix"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    train_values(study, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.glob("values/*/*")} == before
+    for name in study.objective_names:
+        shutil.copytree(folder.value(name), folder.expert("soup", name))
+        (folder.expert("soup", name) / "value_head.safetensors").unlink()
+    generator = Generator.open(folder.path, rows=16, length=120)
+    for method in ("mage-e-m", "mage-e-e"):
+        [answer] = generator.generate(["say 1"], {"early": 0.5, "late": 0.5}, method, candidates=5)
+        assert answer.guided == len(answer.ids) > 0
+    other = Study.model_validate(study.model_dump(mode="json") | {"values": VALUES | {"steps": 5}})
+    with pytest.raises(UserError, match="trained as another `values` said"):
+        train_values(other, folder)
+
+
+def test_pools_that_can_not_teach_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    study = valued_study(tiny_model_folder)
+    with pytest.raises(UserError, match="values: got None"):
+        train_values(
+            make_study(tiny_model_folder), make_folder(tmp_path / "none", make_study(tiny_model_folder), make_pool())
+        )
+    from mage_ray.study import StudyFolder
+
+    with pytest.raises(UserError, match="no rollouts"):
+        train_values(study, StudyFolder.create(tmp_path / "empty", study))
+    pool = make_pool()
+    pool.loc[3, "raw/early"] = np.nan
+    folder = make_folder(tmp_path / "nan", study, make_pool())
+    pool.assign(logprob=0.0).drop(columns=["reward/early", "reward/late"]).to_parquet(
+        folder.rollouts / "shard-00000.parquet"
+    )
+    with pytest.raises(UserError, match="value model early: 1 rewards of the pool are not finite"):
+        train_values(study, folder)
+    assert not (folder.path / "values").exists()
+    with pytest.raises(UserError, match="allowed: at least values.batch_size"):
+        small = valued_study(tiny_model_folder, batch_size=64)
+        train_values(small, make_folder(tmp_path / "small", small, make_pool(prompts=3)))
