@@ -22,7 +22,7 @@ from mage_ray.generator import Generator
 from mage_ray.merging.adapter import load_adapter
 from mage_ray.merging.bank import AdapterBank
 from mage_ray.models import load_model, load_tokenizer
-from mage_ray.study import Study
+from mage_ray.study import Study, StudyFolder
 from mage_ray.training.checkpoint import load_adapter_weights, save_adapter
 from mage_ray.training.pairs import Sample, training_order
 from mage_ray.training.ray_train import fit
@@ -193,7 +193,6 @@ def test_pools_that_can_not_teach_are_refused(tiny_model_folder: Path, tmp_path:
         train_values(
             make_study(tiny_model_folder), make_folder(tmp_path / "none", make_study(tiny_model_folder), make_pool())
         )
-    from mage_ray.study import StudyFolder
 
     with pytest.raises(UserError, match="no rollouts"):
         train_values(study, StudyFolder.create(tmp_path / "empty", study))
@@ -206,6 +205,6 @@ def test_pools_that_can_not_teach_are_refused(tiny_model_folder: Path, tmp_path:
     with pytest.raises(UserError, match="value model early: 1 rewards of the pool are not finite"):
         train_values(study, folder)
     assert not (folder.path / "values").exists()
-    with pytest.raises(UserError, match="allowed: at least values.batch_size"):
+    with pytest.raises(UserError, match=r"allowed: at least values\.batch_size"):
         small = valued_study(tiny_model_folder, batch_size=64)
         train_values(small, make_folder(tmp_path / "small", small, make_pool(prompts=3)))
