@@ -61,7 +61,7 @@ def cadences(rounds: int, name: str, say: Any) -> list[dict[str, Any]]:
                 answers = [answer.require() for answer in engine.generate(requests)]
                 if number > 0:
                     seconds[arm, batch].append(time.perf_counter() - began)
-                    shares[arm] += [answer.guided for answer in answers]
+                    shares[arm] += [answer.guided / len(answer.ids) if plan.values else 0.0 for answer in answers]
                     texts = [[*r.prompt, *a.ids] for r, a in zip(requests, answers, strict=True)]
                     begins = [PROMPT_TOKENS] * len(texts)
                     guide, reference = (engine.runner.score(row, texts, begins) for row in full.rows[1:])

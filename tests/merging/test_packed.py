@@ -172,10 +172,10 @@ def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_library_is_built_once_for_all_processes(tmp_path: Path) -> None:
     assert run(tmp_path).stdout == "True\n"
-    [built] = tmp_path.iterdir()
+    [built] = (tmp_path / "native").iterdir()
     before = built.stat()
     assert run(tmp_path, CC="cc").stdout == "True\n"
-    assert [*tmp_path.iterdir()] == [built] and built.stat().st_mtime_ns == before.st_mtime_ns
+    assert [*built.parent.iterdir()] == [built] and built.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
@@ -187,4 +187,16 @@ def test_without_a_working_compiler_there_is_a_warning_and_no_packing(compiler: 
     assert done.stdout == "False\n"
     [line] = [line for line in done.stderr.splitlines() if "slower" in line]
     assert "packed.c" in line and ("no C compiler" in line or "a broken compiler" in line)
-    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_library_that_others_may_have_written_is_not_loaded(where: str, tmp_path: Path) -> None:
+    """What lies there could be anything: here it is no library at all, and loading it would end in a warning."""
+    assert run(tmp_path).stdout == "True\n"
+    [built] = (tmp_path / "native").iterdir()
+    built.write_bytes(b"planted")
+    (built if where == "file" else built.parent).chmod(0o777)
+    done = run(tmp_path)
+    assert done.stdout == "True\n" and "slower" not in done.stderr
+    assert (built.read_bytes() == b"planted") == (where == "folder")
