@@ -15,6 +15,7 @@ from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path
 from mage_ray.merging.adapter import Adapter, Factors
 from mage_ray.merging.bank import linear_shapes
+from mage_ray.merging.value_head import merged_head
 
 
 def soup(experts: Sequence[Adapter], coefficients: Sequence[float], name: str = "soup") -> Adapter:
@@ -48,7 +49,9 @@ def soup(experts: Sequence[Adapter], coefficients: Sequence[float], name: str = 
             up = torch.cat([(lam * f.scale * f.up.double()).float() for f, lam in parts], dim=1)
             factors[module] = Factors(down, up, 1.0)
     notes = {"soup of": [e.name for e in experts], "coefficients": [float(c) for c in coefficients]}
-    return Adapter(name, factors, first.base_name, first.base_model, first.tokenizer, first.fan_in_fan_out, notes)
+    head = merged_head([expert.head for expert in experts], coefficients)
+    origin = (first.base_name, first.base_model, first.tokenizer, first.fan_in_fan_out)
+    return Adapter(name, factors, *origin, head, notes)
 
 
 @torch.no_grad()

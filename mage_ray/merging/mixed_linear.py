@@ -87,7 +87,7 @@ class Layout:
 
     def __init__(self, experts: Sequence[int], scales: Sequence[float], like: torch.Tensor) -> None:
         self.expert_R = torch.tensor(experts, device=like.device, dtype=torch.long)
-        self.scale_R = torch.tensor(scales, device=like.device, dtype=torch.float32)
+        self.scale_R = torch.tensor(scales, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         self.dtype = like.dtype
 
 

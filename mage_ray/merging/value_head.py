@@ -56,6 +56,24 @@ class ValueHead:
         return cls(tensors["weight"], float(tensors["bias"]), down, up)
 
 
+def merged_head(heads: Sequence[ValueHead | None], coefficients: Sequence[float]) -> ValueHead | None:
+    """The head of a merge, exact whatever the ranks; None where an expert that takes part has none.
+
+    It is a vocabulary head when all that take part are.
+    """
+    parts = [(float(lam), head) for lam, head in zip(coefficients, heads, strict=True) if lam != 0]
+    if not parts or any(head is None for _, head in parts):
+        return None
+    own = [(lam, head) for lam, head in parts if head is not None]
+    weight_E = torch.stack([lam * head.weight_E.double() for lam, head in own]).sum(0).to(own[0][1].weight_E)
+    low = [(lam, head.down_rE, head.up_Er) for lam, head in own]
+    downs = [down_rE for _, down_rE, _ in low if down_rE is not None]
+    ups = [(lam * up_Er.double()).to(up_Er) for lam, _, up_Er in low if up_Er is not None]
+    whole = len(downs) == len(ups) == len(own)
+    bias = sum(lam * head.bias for lam, head in own)
+    return ValueHead(weight_E, bias, torch.cat(downs) if whole else None, torch.cat(ups, dim=1) if whole else None)
+
+
 class ValueHeads:
     """The heads of a bank's experts, None for those that are no value models. Each row gets the head it merges."""
 

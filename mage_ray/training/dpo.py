@@ -32,7 +32,7 @@ def dpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
 
     spec = run.spec
     # Before the model: with ZeRO-3 the arguments make from_pretrained partition the weights as it reads them.
-    own = {"beta": spec.kl_strength, "disable_dropout": spec.lora.dropout == 0}
+    own: dict[str, Any] = {"beta": spec.kl_strength, "disable_dropout": spec.lora.dropout == 0}
     config = DPOConfig(**arguments, **own, max_length=None, train_sampling_strategy="sequential")
     dtype = "bfloat16" if arguments["bf16"] else "float32"
     model, tokenizer = load_model(run.study.model, dtype), load_tokenizer(run.study.model)

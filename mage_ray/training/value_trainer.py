@@ -23,7 +23,7 @@ def value_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
 
     class ValueTrainer(Continued, Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     values, spec = run.study.values, run.spec
     assert values is not None

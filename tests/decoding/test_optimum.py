@@ -36,7 +36,7 @@ def state(tokens: tuple[int, ...]) -> int:
     return sum((token + 1) * (TOKENS + 1) ** place for place, token in enumerate(tokens))
 
 
-SIZE = (TOKENS + 1) ** (HORIZON + 1)
+SIZE = (TOKENS + 1) ** (HORIZON + 1) + 1
 
 
 class Body(nn.Module):

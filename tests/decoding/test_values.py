@@ -23,6 +23,7 @@ from mage_ray.decoding.runner import RowRunner
 from mage_ray.errors import FieldError
 from mage_ray.merging.adapter import Adapter, load_adapter, save_adapter
 from mage_ray.merging.bank import AdapterBank
+from mage_ray.merging.export import soup
 from mage_ray.merging.value_head import ValueHead
 
 MIXED = (0.0, 1.75, -0.75, 0.2)
@@ -49,12 +50,14 @@ class Valued(Tiny):
         """Last hidden states of a whole sequence, [T, E], in float64."""
         return self.merged(Row(row.coefficients)).model(torch.tensor([list(sequence)])).last_hidden_state[0]
 
+    @torch.inference_mode()
     def value(self, row: Row, sequence: Sequence[int]) -> float:
         """``V`` of the state after a whole sequence, by the head merged explicitly."""
         weight_E = sum(lam * h.weight_E.double() for lam, h in self.heads(row))
         bias = sum(lam * h.bias for lam, h in self.heads(row))
         return float(self.hidden(row, sequence)[-1] @ weight_E + bias)
 
+    @torch.inference_mode()
     def values(self, row: Row, sequence: Sequence[int]) -> torch.Tensor:
         """``Q`` of every token after a sequence, [V]."""
         matrix_EE = sum(lam * h.up_Er.double() @ h.down_rE.double() for lam, h in self.heads(row))
@@ -253,3 +256,17 @@ def test_engines_share_no_state(valued: Valued) -> None:
     request = Request(PROMPTS[2], PLANS["V and Q"], Sampling(6, 1.0, seed=4))
     assert isinstance(one, Engine)
     assert one.generate([request, request])[1].ids == other.generate([request])[0].ids
+
+
+def test_a_soup_of_value_models_is_their_merge_head_included(valued: Valued, tmp_path: Path) -> None:
+    """The exported merge under coefficient 1 scores as the row that mixes its parts, negative coefficients included."""
+    merged = soup(valued.adapters[1:], MIXED[1:], "merged")
+    save_adapter(merged, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(valued.folder, dtype=torch.float64)
+    one = RowRunner(model, AdapterBank([load_adapter(tmp_path / "merged")]), 4, 60)
+    sequence = list(PROMPTS[2])
+    [values] = one.values(Row((1.0,)), [sequence], [3])
+    expected = [valued.value(scalar(*MIXED), sequence[:n]) for n in range(3, len(sequence) + 1)]
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-5)  # the file holds float32
+    assert merged.head is not None and merged.head.kind == "vocabulary"
+    assert soup(valued.adapters[:2], (0.5, 0.5), "policy").head is None
