@@ -16,7 +16,7 @@ from engines import Tiny, ids
 from tiny import make_tiny_model, make_tiny_tokenizer
 
 from mage_ray.decoding.engine import Busy, Engine
-from mage_ray.decoding.plan import METHODS, Backbones, Cadence, Plan, Setup, plan_for
+from mage_ray.decoding.plan import EXPLICIT, METHODS, Backbones, Cadence, Plan, Setup, plan_for
 from mage_ray.decoding.request import Generation, Request, Sampling, Token
 from mage_ray.decoding.stream import Stream
 from mage_ray.errors import FieldError, UserError
@@ -50,7 +50,7 @@ def tiny(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> T
 
 def random_plan(dice: np.random.Generator) -> Plan:
     setup = replace(SETUP, valued=bool(dice.integers(2)), candidates=int(dice.choice([3, 12, 260])))
-    plan = plan_for(str(dice.choice(list(METHODS))), PREFERENCES[dice.integers(3)], setup)
+    plan = plan_for(str(dice.choice([m for m in METHODS if m not in EXPLICIT])), PREFERENCES[dice.integers(3)], setup)
     if dice.random() < 0.3:
         plan = replace(plan, candidates=None)
     return plan.at(CADENCES[dice.integers(len(CADENCES))]) if plan.values else plan

@@ -154,8 +154,8 @@ def test_what_a_reward_depends_on_is_learnt(tiny_model_folder: Path, tmp_path: P
     checkpoint = fit(run, in_process=True)
     quality = measure(study, checkpoint, test, "reward/early")
     none, half, whole = (row["correlation"] for row in quality["by_prefix"] if row["seen"] in (0.0, 0.5, 1.0))
-    assert whole > 0.8 and whole > half > none
-    assert quality["by_prefix"][-1]["error"] < 0.5 * quality["variance"]
+    assert whole > 0.6 and whole > half > none
+    assert quality["by_prefix"][-1]["error"] < 0.8 * quality["variance"]
     model = load_model(str(tiny_model_folder))
     chat = Chat(load_tokenizer(str(tiny_model_folder)), model)
     prompt = list(chat.encode("say 3"))
