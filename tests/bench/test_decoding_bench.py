@@ -409,7 +409,7 @@ print("LOADED", *(m for m in sys.modules if m.startswith("mage_ray.")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "STATUS 0" in done.stdout, done.stderr
     loaded = done.stdout.split("LOADED", 1)[1].split()
-    assert {name.split(".")[1] for name in loaded} == {"merging", "decoding", "errors", "files"}
+    assert {name.split(".")[1] for name in loaded} == {"merging", "decoding", "errors", "files", "native"}
     written = json.loads(out.read_text())
     names = ("unguided_vs_generate", "guided_vs_unguided", "guided_vs_rival")
     assert set(written["ratios"]) == {f"{name}_b{batch}" for name in names for batch in (1, 32)}
