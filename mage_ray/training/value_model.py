@@ -17,7 +17,7 @@ class TrainedHead(nn.Module):
     def __init__(self, size: int, rank: int | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))  # DeepSpeed broadcasts no scalars
         if rank is not None:
             self.down = nn.Parameter(torch.randn(rank, size) / size**0.5)
             self.up = nn.Parameter(torch.zeros(size, rank))
