@@ -85,8 +85,7 @@ static inline void rotate(float *to, const float *from, const float *cosine, con
 }
 
 /* seen [B, T, H, D] from qkv [B, T, H + 2 G, D], cosine and sine [B, T, D]. Token n's key and value go to position
-   write[n] of the whole cache. Scratch: threads * longest floats, longest a
-   multiple of WIDTH. */
+   write[n] of the whole cache. Scratch: threads * longest floats, where longest is a multiple of WIDTH. */
 void attend(const float *qkv, const float *cosine, const float *sine, float *keys, float *values, const int64_t *start,
             const int64_t *sees, const int64_t *write, float *seen, float *scratch, int64_t B, int64_t T, int H,
             int G, int D, int64_t longest, float scale, int threads)

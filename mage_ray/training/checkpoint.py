@@ -7,13 +7,15 @@ one ``optimiser-<rank>.safetensors`` for each worker, since ZeRO gives each its 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.errors import UserError
-from mage_ray.merging.adapter import HEAD_FILE, WEIGHTS_FILE
+from mage_ray.files import atomic_path
+from mage_ray.merging.adapter import CONFIG_FILE, HEAD_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from mage_ray.training.zero import optimiser_tensors
 
 if TYPE_CHECKING:
@@ -51,6 +53,16 @@ def save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any)
 
 def _lora_name(parameter: str) -> str:
     return parameter.removeprefix(BACKBONE).replace(".default.", ".")
+
+
+def export_checkpoint(checkpoint: Path, place: Path, record: Mapping[str, Any]) -> None:
+    """Put a finished run's adapter, with its head where it has one, into ``place``, all at once, with its record."""
+    with atomic_path(place) as partial:
+        partial.mkdir()
+        for name in (WEIGHTS_FILE, CONFIG_FILE, HEAD_FILE):
+            if (checkpoint / name).exists():
+                shutil.copyfile(checkpoint / name, partial / name)
+        (partial / ORIGIN_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_adapter_weights(folder: Path, model: torch.nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError
 from mage_ray.files import atomic_path
-from mage_ray.merging.adapter import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from mage_ray.merging.adapter import ORIGIN_FILE
 from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
 from mage_ray.progress import shown as counted_on
 from mage_ray.study import Study, StudyFolder
-from mage_ray.training.checkpoint import load_state
+from mage_ray.training.checkpoint import export_checkpoint, load_state
 from mage_ray.training.pairs import Pair, expert_pairs, training_order
 from mage_ray.training.ray_train import fit_all, room
 from mage_ray.training.reference import pool_logps, reference_logps
@@ -183,11 +182,7 @@ def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Pat
         "steps": state.step * study.training.rounds,
         "metrics": state.metrics,
     }
-    with atomic_path(places[0]) as partial:
-        partial.mkdir()
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(checkpoint / name, partial / name)
-        (partial / ORIGIN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    export_checkpoint(checkpoint, places[0], record)
     _copy(places[0], places)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ import numpy as np
 
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError, UserError
-from mage_ray.files import atomic_path, write_atomic
-from mage_ray.merging.adapter import CONFIG_FILE, HEAD_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from mage_ray.files import write_atomic
+from mage_ray.merging.adapter import ORIGIN_FILE
 from mage_ray.study import Study, StudyFolder, ValuesSpec
-from mage_ray.training.checkpoint import load_state
+from mage_ray.training.checkpoint import export_checkpoint, load_state
 from mage_ray.training.experts import is_expert, model_origin
 from mage_ray.training.pairs import Sample, training_order
 from mage_ray.training.ray_train import fit_all, room
@@ -115,11 +114,7 @@ def _export(study: Study, place: Path, checkpoint: Path, origin: dict[str, str])
     state = load_state(checkpoint)
     values = values_spec(study).model_dump(mode="json")
     record = {**origin, "values": values, "steps": state.step, "metrics": state.metrics}
-    with atomic_path(place) as partial:
-        partial.mkdir()
-        for name in (WEIGHTS_FILE, CONFIG_FILE, HEAD_FILE):
-            shutil.copyfile(checkpoint / name, partial / name)
-        (partial / ORIGIN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    export_checkpoint(checkpoint, place, record)
 
 
 def measure(study: Study, place: Path, test: DataFrame, column: str) -> dict[str, Any]:
