@@ -126,6 +126,7 @@ class Backbone:
             assert made is not None
             parts.append(made)
             self.bytes_per_position = cache.bytes_per_position
+            self.nothing = raw.first(0)
         return torch.cat(parts)
 
 
@@ -154,8 +155,8 @@ def _head(model: PreTrainedModel, bank: AdapterBank, weight_VE: torch.Tensor | N
 
 def _value_heads(model: PreTrainedModel, bank: AdapterBank) -> ValueHeads | None:
     """The bank's value heads, where any expert has one."""
-    heads = [expert.head for expert in bank.experts]
-    if all(head is None for head in heads):
+    heads = {expert.name: expert.head for expert in bank.experts}
+    if all(head is None for head in heads.values()):
         return None
     embedding: Any = model.get_input_embeddings()
     return ValueHeads(heads, embedding.weight.detach())

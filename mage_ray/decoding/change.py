@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mage_ray.decoding.plan import Plan
-from mage_ray.decoding.runner import LiveRow, RowRunner
+from mage_ray.decoding.rows import Rows
+from mage_ray.decoding.runner import LiveRow
 from mage_ray.decoding.scheduler import Running, Scheduler
 
 
-def change_plan(running: Running, plan: Plan, recompute: bool, scheduler: Scheduler, runner: RowRunner) -> None:
+def change_plan(running: Running, plan: Plan, recompute: bool, scheduler: Scheduler, runner: Rows) -> None:
     """Give a request the rows of another plan. See ``Engine.change``."""
     if running.ended:
         return
@@ -22,17 +23,18 @@ def change_plan(running: Running, plan: Plan, recompute: bool, scheduler: Schedu
     spare = [held for held in old if held not in staying]
     if not recompute:
         for i, row in enumerate(plan.rows):
-            if staying[i] is None and spare:
+            near = [held for held in spare if held.row.home == row.home]
+            if staying[i] is None and near:
                 # The row that had the same part before, if it is to be had: base for base, guide for guide.
-                taken = old[i] if i < len(old) and old[i] in spare else spare[0]
+                taken = old[i] if i < len(old) and old[i] in near else near[0]
                 spare.remove(taken)
                 runner.adopt(taken, row)
                 staying[i] = taken
     for held in spare:
         runner.end(held)
     running.rows = [have for have in staying if have is not None]
-    missing = staying.count(None)
-    if missing > runner.free:
+    missing = [row for have, row in zip(staying, plan.rows, strict=True) if have is None]
+    if not runner.fits(missing):
         scheduler.requeue(running)
         return
     goal = tuple(running.history)

@@ -92,9 +92,9 @@ def guide_score(
     for row, value in zip(draw.rows, draw.values, strict=True):
         if value == 0:
             continue
-        if outputs.is_policy(row):
-            logits_V = outputs.logits([row])[0].double()
-            score += value * float(logits_V[token] - logits_V.logsumexp(-1))
+        logprob = outputs.logprob(row, token)
+        if logprob is not None:
+            score += value * logprob
         else:
             value_C = outputs.scores([row], ids_1C)[0].double()
             score += value * float(value_C[place] - value_C[allowed_C].mean())

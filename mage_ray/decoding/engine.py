@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from dataclasses import dataclass
 
 from mage_ray.decoding.change import change_plan
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Generation, Request, Token
-from mage_ray.decoding.runner import RowRunner
+from mage_ray.decoding.rows import Rows
 from mage_ray.decoding.scheduler import Running, Scheduler
 from mage_ray.decoding.step import Step
 from mage_ray.decoding.stream import Driver, Stream
@@ -21,6 +20,20 @@ from mage_ray.errors import FieldError, UserError
 
 class Busy(UserError):
     """The queue is full; the same request may be accepted later."""
+
+
+class EngineFailed(UserError):
+    """The engine could not go on, through no fault of the request; another one can, from the tokens that are there."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that run and that wait; the rows of those that run, and the tokens that they hold."""
+
+    running: int
+    waiting: int
+    rows: int
+    tokens: int
 
 
 class Engine:
@@ -36,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: RowRunner,
+        runner: Rows,
         stop: Sequence[int],
         decode: Decode | None = None,
         *,
@@ -51,14 +64,17 @@ class Engine:
         # Whoever holds the lock may touch what runs; others leave word, which the next step reads first.
         self._lock = threading.Lock()
         self._inbox: deque[Callable[[], None]] = deque()
+        self.steps = 0
+        """Rounds of the loop so far."""
         self._driver = Driver(self.step)
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, *, always: bool = False) -> Stream:
         """Start a request from within an event loop; ``async for token in stream`` gives its tokens as they come.
 
-        Raises FieldError for a request that can't run here, Busy when the queue is full.
+        Raises FieldError for a request that can't run here, Busy when the queue is full; one that was accepted before,
+        and goes on, may wait ``always``.
         """
-        if self._limit is not None and (queue := self._scheduler.queue(len(request.plan.rows))) > self._limit:
+        if not always and self._limit is not None and (queue := self._scheduler.queue(request.plan.rows)) > self._limit:
             raise Busy(f"queue: got {queue} waiting requests, allowed: at most {self._limit}")
         stream = Stream(self.cancel, self.change)
         stream.running = self._add(request, stream.emit)
@@ -114,28 +130,51 @@ class Engine:
 
         With ``recompute``, as if the text so far had been the prompt of a new request (exact). Without, the new rows
         go on from the keys and values that the old ones made (at once, and approximate); where they need more slots
-        than are free, they are recomputed all the same. Raises FieldError when the plan can't run here.
+        than are free, they are recomputed all the same. The rest of the request's schedule is dropped. Raises
+        FieldError when the plan can't run here.
         """
         self._check_plan(plan, "plan")
         self._check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan)
-        self._leave_word(lambda: change_plan(running, plan, recompute, self._scheduler, self.runner))
+
+        def word() -> None:
+            running.schedule = ()
+            change_plan(running, plan, recompute, self._scheduler, self.runner)
+
+        self._leave_word(word)
 
     def step(self) -> bool:
         """One round of the loop; whether there is more to do. What fails here ends every request that runs."""
         with self._lock:
             self._read_inbox()
+            self.steps += 1
             scheduler = self._scheduler
             try:
                 scheduler.admit()
                 scheduler.prefill()
                 for running, token in self._step.run([r for r in scheduler.running if r.ready]):
                     self._emit(running, token)
+                self._follow_schedules()
             except Exception as error:
-                reason = UserError(f"the engine failed: {type(error).__name__}")
+                reason = EngineFailed(f"the engine failed: {type(error).__name__}")
                 for running in list(scheduler.running):
                     self._emit(running, Token.end("error", error=reason))
                 raise
             return bool(scheduler.running or scheduler.waiting or self._inbox)
+
+    def _follow_schedules(self) -> None:
+        for running in list(self._scheduler.running):
+            while running.schedule and running.schedule[0][0] <= running.generated:
+                (_, plan), *rest = running.schedule
+                running.schedule = tuple(rest)
+                change_plan(running, plan, True, self._scheduler, self.runner)
+
+    @property
+    def load(self) -> Load:
+        """What it does now, as far as one can tell beside a step that runs."""
+        running = list(self._scheduler.running)
+        rows = [row for one in running for row in list(one.rows)]
+        tokens = sum(len(row.tokens) for row in rows)
+        return Load(len(running), len(self._scheduler.waiting), len(rows), tokens)
 
     def check(self, request: Request) -> None:
         """Raises FieldError for a request that can never run here."""
@@ -143,14 +182,16 @@ class Engine:
         if not request.prompt:
             raise FieldError("prompt", "no tokens", "1 or more")
         vocabulary = runner.model.config.get_text_config().vocab_size
-        if not all(isinstance(token, int) for token in request.prompt):
-            raise FieldError("prompt", "tokens that are no integers", "token ids")
-        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
-            raise FieldError("prompt", "unknown tokens", f"token ids 0 to {vocabulary - 1}")
-        self._check_length(len(request.prompt), sampling.max_new_tokens, request.plan)
+        for field, tokens in (("prompt", request.prompt), ("answer", request.answer)):
+            if not all(isinstance(token, int) for token in tokens):
+                raise FieldError(field, "tokens that are no integers", "token ids")
+            if min(tokens, default=0) < 0 or max(tokens, default=0) >= vocabulary:
+                raise FieldError(field, "unknown tokens", f"token ids 0 to {vocabulary - 1}")
         if sampling.stop and self._decode is None:
             raise FieldError("stop", list(sampling.stop), "none: this engine has no tokenizer")
-        self._check_plan(request.plan, "plan")
+        for field, plan in (("plan", request.plan), *((f"schedule.{at}", plan) for at, plan in request.schedule)):
+            self._check_length(len(request.prompt), sampling.max_new_tokens, plan)
+            self._check_plan(plan, field)
 
     def _check_length(self, prompt: int, new: int, plan: Plan) -> None:
         if prompt + new + plan.ahead > self.runner.length:
@@ -161,7 +202,7 @@ class Engine:
     def _check_plan(self, plan: Plan, field: str) -> None:
         for row in plan.rows:
             self.runner.check(row)
-        if len(plan.rows) > self.runner.rows:
+        if not self.runner.holds(plan.rows):
             budget = f"at most {self.runner.rows} ({self.runner.memory.total / 2**20:.0f} MiB of keys and values)"
             raise FieldError(field, f"{len(plan.rows)} rows", budget)
 
@@ -170,11 +211,15 @@ class Engine:
         running = Running(
             request=request,
             emit=emit,
-            plan=request.plan,
-            history=list(request.prompt),
-            dice=torch.Generator().manual_seed(request.sampling.seed),
+            plan=request.plan_at(len(request.answer)),
+            history=[*request.prompt, *request.answer],
+            generated=len(request.answer),
+            schedule=tuple((at, plan) for at, plan in request.schedule if at > len(request.answer)),
             text=TextStream(self._decode, request.sampling.stop) if self._decode is not None else None,
         )
+        if running.text is not None:
+            for token in request.answer:
+                running.text.add(token)
         self._scheduler.waiting.append(running)
         return running
 

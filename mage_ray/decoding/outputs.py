@@ -8,7 +8,7 @@ Legend: R rows of the outputs, N rows asked for, E hidden size, V vocabulary, C 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,9 @@ class Scorer(Protocol):
 
     def __call__(self, rows: Sequence[int], ids_NC: torch.Tensor | None) -> torch.Tensor:
         """The scores of some tokens of each row, [N, C], or of the whole vocabulary, [N, V]."""
+
+    def logprob(self, row: int, token: int) -> float | None:
+        """The log-probability of a token, over the whole vocabulary, by a row that is a policy's; else None."""
 
 
 class Outputs:
@@ -90,10 +93,21 @@ class Outputs:
         """These rows, and behind them those of a later forward of the same model. Before any are added."""
         pairs = zip((self.raw.hidden_RE, self.raw.logits_RV), (later.raw.hidden_RE, later.raw.logits_RV), strict=True)
         raw = Raw(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
-        moved = {len(self) + row: _Moved(scorer, len(self)) for row, scorer in later._scorers.items()}
+        moved = _moved(later._scorers, {len(self) + row: row for row in range(len(later))})
         both = Outputs(raw, self._head, self._scorers | moved)
         both._made = self._made | {len(self) + row: logits_V for row, logits_V in later._made.items()}
         return both
+
+    def spread(self, sources: Sequence[int | None], scorers: Mapping[int, Scorer]) -> Outputs:
+        """Rows taken from these, or blank where the source is None; ``scorers`` have the scores of those. New rows."""
+        blank = len(self)
+        index = [blank if source is None else source for source in sources]
+        parts = (self.raw.hidden_RE, self.raw.logits_RV)
+        raw = Raw(
+            *(None if part is None else torch.cat([part, part.new_zeros(1, part.shape[1])])[index] for part in parts)
+        )
+        own = {row: source for row, source in enumerate(sources) if source is not None}
+        return Outputs(raw, self._head, _moved(self._scorers, own) | dict(scorers))
 
     def add(self, scorer: Scorer) -> int:
         """A row that no forward has run yet: ``scorer`` runs it when it is known which tokens are candidates."""
@@ -132,8 +146,15 @@ class Outputs:
         return scores
 
     def is_policy(self, row: int) -> bool:
-        """Whether a row's scores are logits."""
+        """Whether a row's scores are logits that are at hand."""
         return row not in self._scorers
+
+    def logprob(self, row: int, token: int) -> float | None:
+        """A policy's log-probability of a token over the whole vocabulary; None for a value model's row."""
+        if self.is_policy(row):
+            logits_V = self.logits([row])[0].double()
+            return float(logits_V[token] - logits_V.logsumexp(-1))
+        return self._scorers[row].logprob(row, token)
 
     def _policy_scores(self, rows: Sequence[int], ids_NC: torch.Tensor | None) -> torch.Tensor:
         if ids_NC is None:
@@ -146,15 +167,25 @@ class Outputs:
         return (embedding(ids_NC, head.weight_VE) @ taken(hidden_RE, rows)[:, :, None])[:, :, 0]
 
 
-@dataclass(frozen=True)
+def _moved(scorers: Mapping[int, Scorer], places: Mapping[int, int]) -> dict[int, Scorer]:
+    """The scorers of rows that have moved, one for each that there was, so that each is still asked once."""
+    moved = {id(scorer): _Moved(scorer, places) for scorer in scorers.values()}
+    return {now: moved[id(scorers[before])] for now, before in places.items() if before in scorers}
+
+
+@dataclass(frozen=True, eq=False)
 class _Moved:
-    """A scorer whose rows have moved ``by`` places."""
+    """A scorer whose rows have moved; ``places`` maps where they are now to where they were."""
 
     scorer: Scorer
-    by: int
+    places: Mapping[int, int]
 
     def __call__(self, rows: Sequence[int], ids_NC: torch.Tensor | None) -> torch.Tensor:
-        return self.scorer([row - self.by for row in rows], ids_NC)
+        return self.scorer([self.places[row] for row in rows], ids_NC)
+
+    def logprob(self, row: int, token: int) -> float | None:
+        """Of a policy's row."""
+        return self.scorer.logprob(self.places[row], token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +200,9 @@ class VocabularyScorer:
         """[N, C], or [N, V] of all tokens."""
         own = list(rows)
         return self.heads.vocabulary(self.hidden_RE[own], self.coefficients_RK[own], ids_NC)
+
+    def logprob(self, row: int, token: int) -> None:
+        """Values are none."""
 
 
 def taken(tensor_RX: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

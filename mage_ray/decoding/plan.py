@@ -1,10 +1,9 @@
 """Rows and plans: every decode-time method is a weighted list of rows (METHOD.md section 3).
 
 A *row* is one forward of the model under one coefficient vector over the adapter bank. A *plan* says which rows a
-request runs and how their log-probabilities are added up. Nothing past this module knows a method's name; a new method
-is a new function from a preference to a plan.
+request runs and how their log-probabilities are added up. Which rows a method has is in ``methods.py``.
 
-Legend: n objectives, K experts in the bank, mu [n] the preference, lam [n] merging coefficients, w guidance strength.
+Legend: K experts in the bank, w guidance strength.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mage_ray.errors import FieldError
-from mage_ray.merging.coefficients import Vector, extrapolated, merging_coefficients
-from mage_ray.merging.value_head import Kind
+from mage_ray.merging.coefficients import Vector
+
+if TYPE_CHECKING:
+    from mage_ray.merging.value_head import Kind
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class Row:
 
     coefficients: tuple[float, ...]
     head: Kind | None = None
+    home: int = 0
+    """Which runner of a gang it lives in (``gang.py``); 0 is the engine's own. Each has a model and a bank."""
+
+    def check(self, heads: Mapping[str, Kind | None]) -> None:
+        """Raises FieldError when it doesn't fit a bank of these experts, each with the kind of its value head."""
+        if len(self.coefficients) != len(heads):
+            raise FieldError("coefficients", list(self.coefficients), f"{len(heads)} numbers, one for each expert")
+        if self.head is None:
+            return
+        for coefficient, (name, head) in zip(self.coefficients, heads.items(), strict=True):
+            if coefficient != 0 and (head is None or (self.head == "vocabulary" and head != "vocabulary")):
+                got = "no value head" if head is None else f"a {head} head"
+                what = f"a {self.head} row over expert {name}, which has {got}"
+                raise FieldError("plan.rows", what, f"experts with a {self.head} head")
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,12 @@ class Plan:
             raise FieldError("cadence", cadence, "one that guides every token: this plan has no guide to leave out")
         return replace(self, cadence=cadence)
 
+    def placed(self, home: Callable[[int], int]) -> Plan:
+        """The same plan with ``home(i)`` as the home of its row i. Raises FieldError for a base that isn't at home."""
+        if home(0) != 0:
+            raise FieldError("plan.rows", f"the base at {home(0)}", "0, the engine's own runner")
+        return replace(self, rows=tuple(replace(row, home=home(i)) for i, row in enumerate(self.rows)))
+
     @property
     def ahead(self) -> int:
         """Positions that it takes beyond its tokens, to look at candidates."""
@@ -168,169 +188,6 @@ def _by_row(terms: Iterable[tuple[Vector | Row, float]]) -> dict[Row, float]:
     for term, weight in terms:
         given = term if isinstance(term, Row) else Row(tuple(term))
         # + 0.0 turns -0.0 into 0.0, so that both are one row in prints and exports.
-        row = Row(tuple(float(c) + 0.0 for c in given.coefficients), given.head)
+        row = Row(tuple(float(c) + 0.0 for c in given.coefficients), given.head, given.home)
         weights[row] = weights.get(row, 0.0) + float(weight)
     return weights
-
-
-@dataclass(frozen=True)
-class Backbones:
-    """A set of experts in the bank: ``experts[i]`` is the bank's index of the expert trained on row i of ``mix``."""
-
-    experts: tuple[int, ...]
-    mix: np.ndarray
-
-    @property
-    def single(self) -> bool:
-        """Whether each expert was trained on one objective alone."""
-        return bool(np.array_equal(self.mix, np.eye(len(self.mix))))
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method may draw on, and the constants that a request may override.
-
-    ``size`` is K; ``extrapolation`` [n] is alpha for each objective's corner.
-    """
-
-    size: int
-    sets: Mapping[str, Backbones]
-    base: str
-    guide: str
-    strength: float = 1.0
-    candidates: int = 50
-    extrapolation: tuple[float, ...] = ()
-    cadence: Cadence = Cadence()
-    valued: bool = False
-    """Whether guided plans report the guide's scores even at strength 0."""
-    values: str | None = None
-    """The set of explicit value models, one for each row of its mix; None where none were trained."""
-    head: Kind = "vocabulary"
-    """Which of their heads guides."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise FieldError("strength", self.strength, "a finite number, 0 or more")
-        if self.candidates < 1:
-            raise FieldError("candidates", self.candidates, "1 or more")
-
-    def over_bank(self, backbones: Backbones, lam: Vector) -> np.ndarray:
-        """Coefficients of a set's experts as coefficients [K] over the whole bank."""
-        coefficients = np.zeros(self.size)
-        coefficients[list(backbones.experts)] = lam
-        return coefficients
-
-    def merged(self, name: str, mu: Vector) -> np.ndarray:
-        """The bank coefficients [K] of the merge of set ``name`` for a preference."""
-        return self.over_bank(self.sets[name], merging_coefficients(self.sets[name].mix, mu))
-
-    def guided(self, base: Vector, guide: Iterable[tuple[Vector | Row, float]]) -> Plan:
-        """The base steered by the guide's terms, with this setup's strength, candidates and cadence."""
-        return Plan.guided(base, guide, self.strength, self.candidates, self.valued).at(self.cadence)
-
-    def single_experts(self) -> Backbones:
-        """The set with one expert per objective. Raises FieldError when none was trained."""
-        for backbones in self.sets.values():
-            if backbones.single:
-                return backbones
-        raise FieldError("method", "one that mixes single-objective experts", "a study with a backbone set of B = I")
-
-    def value_set(self) -> str:
-        """The name of the set of explicit value models. Raises FieldError when there are none."""
-        if self.values is None:
-            raise FieldError("method", "one guided by explicit values", "a study with value models (mage-ray values)")
-        return self.values
-
-    def one_by_one(self, name: str, mu: Vector) -> list[tuple[np.ndarray, float]]:
-        """Each expert of a set as (its row's coefficients [K], its merging coefficient)."""
-        backbones = self.sets[name]
-        lam = merging_coefficients(backbones.mix, mu)
-        units = np.eye(len(lam))
-        return [(self.over_bank(backbones, unit), float(x)) for unit, x in zip(units, lam, strict=True)]
-
-
-def reference(mu: Vector, setup: Setup) -> Plan:
-    """The model that the experts were trained from, whatever the preference."""
-    return Plan.of([(np.zeros(setup.size), 1.0)])
-
-
-def rewarded_soup(mu: Vector, setup: Setup) -> Plan:
-    """Single-objective experts merged with ``lam = mu`` (Rewarded Soups, arXiv:2306.04488)."""
-    return Plan.of([(setup.over_bank(setup.single_experts(), mu), 1.0)])
-
-
-def bone_soup(mu: Vector, setup: Setup) -> Plan:
-    """The base's backbones merged with ``B^T lam = mu`` (Bone Soup, arXiv:2502.10762)."""
-    return Plan.of([(setup.merged(setup.base, mu), 1.0)])
-
-
-def extrapolated_soup(mu: Vector, setup: Setup) -> Plan:
-    """The base's soup pushed away from the reference: ``(1 + alpha . mu) lam(mu)`` (METHOD.md section 1)."""
-    lam = merging_coefficients(setup.sets[setup.base].mix, mu)
-    return Plan.of([(setup.over_bank(setup.sets[setup.base], extrapolated(lam, mu, setup.extrapolation)), 1.0)])
-
-
-def mod(mu: Vector, setup: Setup) -> Plan:
-    """Single-objective experts ensembled: ``sum_i mu_i log pi_i`` (MOD, arXiv:2406.18853)."""
-    single = setup.single_experts()
-    return Plan.of([(setup.over_bank(single, unit), x) for unit, x in zip(np.eye(len(mu)), mu, strict=True)])
-
-
-def proxy_tuning(mu: Vector, setup: Setup) -> Plan:
-    """The reference steered by each guide expert's own log-ratio, ``w lam_i`` each (proxy tuning, arXiv:2401.08565)."""
-    return _ensembled_guide(np.zeros(setup.size), mu, setup)
-
-
-def mage_i_m(mu: Vector, setup: Setup) -> Plan:
-    """Base soup steered by the *merged* implicit value model: weights 1, w, -w (MAGE, arXiv:2510.03782)."""
-    guide = [(setup.merged(setup.guide, mu), 1.0), (np.zeros(setup.size), -1.0)]
-    return setup.guided(setup.merged(setup.base, mu), guide)
-
-
-def mage_i_e(mu: Vector, setup: Setup) -> Plan:
-    """Base soup steered by the *ensemble* of implicit value models (MAGE, arXiv:2510.03782)."""
-    return _ensembled_guide(setup.merged(setup.base, mu), mu, setup)
-
-
-def _ensembled_guide(base: np.ndarray, mu: Vector, setup: Setup) -> Plan:
-    guides = setup.one_by_one(setup.guide, mu)
-    total = sum(lam for _, lam in guides)
-    return setup.guided(base, [*guides, (np.zeros(setup.size), -total)])
-
-
-def mage_e_m(mu: Vector, setup: Setup) -> Plan:
-    """Base soup steered by the *merged* explicit value model, head included: weights 1, w (MAGE, arXiv:2510.03782)."""
-    merged = Row(tuple(setup.merged(setup.value_set(), mu).tolist()), setup.head)
-    return setup.guided(setup.merged(setup.base, mu), [(merged, 1.0)])
-
-
-def mage_e_e(mu: Vector, setup: Setup) -> Plan:
-    """Base soup steered by the *ensemble* of explicit value models, ``w lam_i`` each (MAGE, arXiv:2510.03782)."""
-    models = setup.one_by_one(setup.value_set(), mu)
-    guide = [(Row(tuple(coefficients.tolist()), setup.head), lam) for coefficients, lam in models]
-    return setup.guided(setup.merged(setup.base, mu), guide)
-
-
-METHODS: dict[str, Callable[[Vector, Setup], Plan]] = {
-    "reference": reference,
-    "rewarded-soup": rewarded_soup,
-    "bone-soup": bone_soup,
-    "extrapolated-soup": extrapolated_soup,
-    "mod": mod,
-    "proxy-tuning": proxy_tuning,
-    "mage-i-m": mage_i_m,
-    "mage-i-e": mage_i_e,
-    "mage-e-m": mage_e_m,
-    "mage-e-e": mage_e_e,
-}
-
-
-EXPLICIT = ("mage-e-m", "mage-e-e")
-"""Methods for studies with explicit value models."""
-
-
-def plan_for(method: str, mu: Vector, setup: Setup) -> Plan:
-    """The plan of a method by its name. Raises FieldError for a name that isn't one."""
-    if method not in METHODS:
-        raise FieldError("method", method, f"one of {', '.join(METHODS)}")
-    return METHODS[method](mu, setup)

@@ -41,6 +41,8 @@ class PrefixStore:
         self._of_row: dict[Row, dict[tuple[int, ...], list[torch.Tensor]]] = {}
         self._by_use: OrderedDict[tuple[Row, tuple[int, ...]], None] = OrderedDict()  # the latest last
         self.used = 0
+        self.added = 0
+        """Sequences kept so far, the dropped ones included."""
 
     def find(self, row: Row, goal: Sequence[int]) -> Found | None:
         """The kept sequence of equal coefficients that shares most with ``goal``; None where none shares anything."""
@@ -72,6 +74,7 @@ class PrefixStore:
         self._of_row.setdefault(row, {})[added] = read()
         self._by_use[row, added] = None
         self.used += len(added)
+        self.added += 1
 
     def _drop(self, row: Row, tokens: tuple[int, ...]) -> None:
         del self._by_use[row, tokens]

@@ -43,11 +43,34 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens, the plan that decodes it, and how its tokens are drawn."""
+    """A prompt's tokens, the plan that decodes it, and how its tokens are drawn.
+
+    ``answer`` are tokens of its answer that are there already: it goes on after them as if it had drawn them, and
+    gives the rest. ``schedule`` lists (generated tokens, plan) pairs: from then on that plan draws, as after a change
+    with ``recompute``.
+
+    Raises FieldError for an answer that is as long as it may be, or a schedule that doesn't rise from 1.
+    """
 
     prompt: tuple[int, ...]
     plan: Plan
     sampling: Sampling = Sampling()
+    answer: tuple[int, ...] = ()
+    schedule: tuple[tuple[int, Plan], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.answer) >= self.sampling.max_new_tokens:
+            allowed = f"fewer than max_new_tokens, {self.sampling.max_new_tokens}"
+            raise FieldError("answer", f"{len(self.answer)} tokens", allowed)
+        last = 0
+        for at, _ in self.schedule:
+            if at <= last:
+                raise FieldError("schedule", [at for at, _ in self.schedule], "numbers of tokens that rise from 1")
+            last = at
+
+    def plan_at(self, generated: int) -> Plan:
+        """The plan that draws the token after so many."""
+        return next((plan for at, plan in reversed(self.schedule) if at <= generated), self.plan)
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,8 @@ class Token:
     guided: bool = True
     value: float = 0.0
     error: UserError | None = None
+    plan: Plan | None = None
+    """Which drew it."""
 
     @classmethod
     def end(cls, reason: FinishReason, text: str = "", error: UserError | None = None) -> Token:

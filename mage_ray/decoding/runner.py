@@ -38,6 +38,8 @@ class LiveRow:
     tokens: list[int] = field(default_factory=list)
     exact: bool = True
     """Whether its own coefficients made all that it holds."""
+    searched: int = 0
+    """How many sequences had been kept when it last looked among them."""
 
     @property
     def looks(self) -> bool:
@@ -90,10 +92,12 @@ class RowRunner:
             raise FieldError("length", length, f"at most {limit} tokens, this model's max_position_embeddings")
         fixed = model.device.type == "cuda" if fixed is None else fixed
         # Shapes are fixed when all rows go through the head.
-        self._backbone = Backbone(model, bank or AdapterBank([]), length, whole=fixed)
+        bank = bank or AdapterBank([])
+        self._backbone = Backbone(model, bank, length, whole=fixed)
         self.model = model
         self.length = length
         self.experts = self._backbone.experts
+        self.heads = {expert.name: None if expert.head is None else expert.head.kind for expert in bank.experts}
         self._live: list[LiveRow] = []
         kept = 8 * length if kept is None else kept
         per_position = self._backbone.bytes_per_position
@@ -122,14 +126,21 @@ class RowRunner:
         """Rows that could be started now."""
         return self.rows - len(self._live)
 
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether these could be started now."""
+        return len(rows) <= self.free
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        """Whether these could ever be started, with nothing beside them."""
+        return len(rows) <= self.rows
+
+    def none(self) -> Outputs:
+        """Outputs of no rows."""
+        return Outputs(self._backbone.nothing, self._backbone.head)
+
     def check(self, row: Row) -> None:
         """Raises FieldError when a row has coefficients for another bank, or mixes experts without its kind of head."""
-        if len(row.coefficients) != self.experts:
-            raise FieldError("coefficients", list(row.coefficients), f"{self.experts} numbers, one for each expert")
-        if row.head is not None:
-            if self._backbone.values is None:
-                raise FieldError("plan.rows", f"a {row.head} row", "policies: no expert here has a value head")
-            self._backbone.values.check(row.coefficients, row.head)
+        row.check(self.heads)
 
     @torch.inference_mode()
     def start(self, row: Row, goal: Sequence[int] = ()) -> LiveRow:
@@ -144,15 +155,14 @@ class RowRunner:
         self._coefficients_RK[started.place] = torch.tensor(row.coefficients, dtype=self.model.dtype)
         self._live.append(started)
         self.catch_up(started)
-        kept = self._kept.find(row, goal[:-1])
-        if kept is not None and kept.common > len(started.tokens):
-            self._slots.write(started.place, kept.parts, kept.common)
-            started.tokens = list(goal[: kept.common])
         return started
 
     @torch.inference_mode()
     def catch_up(self, row: LiveRow) -> None:
-        """Copy into a row what the live rows of equal coefficients hold of its goal, all but the last token at most."""
+        """Copy into a row what rows of equal coefficients hold, or have left behind, of its goal.
+
+        All but the goal's last token at most.
+        """
         wanted = row.goal[:-1]
         others = [other for other in self._live if other is not row and other.exact and other.row == row.row]
         common, source = max(
@@ -163,6 +173,13 @@ class RowRunner:
         if common > len(row.tokens):
             self._slots.copy(source.place, row.place, common)
             row.tokens = list(wanted[:common])
+        if row.searched == self._kept.added:
+            return
+        row.searched = self._kept.added
+        kept = self._kept.find(row.row, wanted)
+        if kept is not None and kept.common > len(row.tokens):
+            self._slots.write(row.place, kept.parts, kept.common)
+            row.tokens = list(wanted[: kept.common])
 
     @torch.inference_mode()
     def adopt(self, row: LiveRow, other: Row) -> None:
@@ -185,7 +202,12 @@ class RowRunner:
 
     @torch.inference_mode()
     def end(self, row: LiveRow, wipe: bool = False) -> None:
-        """Free a row's slot. What it holds is kept for later rows; with ``wipe``, or where not finite, wiped out."""
+        """Free a row's slot. What it holds is kept for later rows; with ``wipe``, or where not finite, wiped out.
+
+        A row that ``clear`` has ended stays so: its owner may not know.
+        """
+        if row.place >= self.live or self._live[row.place] is not row:
+            return
         if wipe or not self._slots.finite(row.place, len(row.tokens)):
             self._slots.wipe(row.place)
         elif row.exact and row.tokens:
@@ -193,6 +215,11 @@ class RowRunner:
         last = self._live[-1]
         self._swap(row, last)
         self._live.pop()
+
+    def clear(self) -> None:
+        """End all rows, whatever state they are in."""
+        for row in list(self._live):
+            self.end(row, wipe=True)
 
     @torch.inference_mode()
     def arrange(self, first: Sequence[LiveRow]) -> None:

@@ -8,17 +8,18 @@ brought in and rows that guidance left out for a while are all the same thing he
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from mage_ray.decoding.outputs import Outputs
-from mage_ray.decoding.plan import Plan
+from mage_ray.decoding.plan import Plan, Row
 from mage_ray.decoding.prefixes import common_length
 from mage_ray.decoding.request import Request, Token
-from mage_ray.decoding.runner import PREFILL_TOKENS, LiveRow, RowRunner
+from mage_ray.decoding.rows import Rows
+from mage_ray.decoding.runner import PREFILL_TOKENS, LiveRow
+from mage_ray.decoding.seeds import DRAW, uniform
 from mage_ray.decoding.text import TextStream
 
 
@@ -30,21 +31,30 @@ class Running:
     emit: Callable[[Token], None]
     plan: Plan
     history: list[int]
-    dice: torch.Generator
     text: TextStream | None = None
     rows: list[LiveRow] = field(default_factory=list)
     generated: int = 0
+    schedule: tuple[tuple[int, Plan], ...] = ()
+    """Plans that it changes to, each when so many tokens are generated."""
     proposals: list[Proposal] = field(default_factory=list)
     ended: bool = False
+    began: float = field(default_factory=time.monotonic)
+    queued: float = 0.0
+    """Seconds that it waited for slots, the last time that it did, since it ``began``."""
 
     @property
     def room(self) -> int:
         """Tokens that it may still generate."""
         return self.request.sampling.max_new_tokens - self.generated
 
-    def uniform(self) -> float:
-        """The request's next random number in [0, 1)."""
-        return float(torch.rand((), generator=self.dice, dtype=torch.float64))
+    @property
+    def turn(self) -> int:
+        """Tokens that it may generate before its plan changes, or it ends."""
+        return min([self.room, *(at - self.generated for at, _ in self.schedule[:1])])
+
+    def uniform(self, use: int = DRAW, ahead: int = 0) -> float:
+        """The random number in [0, 1) of its next token, or of one ``ahead`` of that."""
+        return uniform(self.request.sampling.seed, self.generated + ahead, use)
 
     def rest(self) -> str:
         """The text that was held back, when no more will come."""
@@ -81,7 +91,7 @@ class Scheduler:
     oldest request and to the one with least left to compute, so a long prompt neither stalls short ones nor starves.
     """
 
-    def __init__(self, runner: RowRunner, chunk: int) -> None:
+    def __init__(self, runner: Rows, chunk: int) -> None:
         self._runner, self._chunk = runner, chunk
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
@@ -89,19 +99,20 @@ class Scheduler:
 
     def admit(self) -> None:
         """Give the longest-waiting requests the free slots, all of a request's rows at once."""
-        while self.waiting and len(self.waiting[0].plan.rows) <= self._runner.free:
+        while self.waiting and self._runner.fits(self.waiting[0].plan.rows):
             joining = self.waiting.popleft()
+            joining.queued = time.monotonic() - joining.began
             self.running.append(joining)
             # What it is started for is fixed here: the history grows.
             goal = tuple(joining.history)
             for row in joining.plan.rows:
                 joining.rows.append(self._runner.start(row, goal))
 
-    def queue(self, rows: int) -> int:
-        """How many requests would wait for slots, one more of so many rows included."""
-        sizes = [len(running.plan.rows) for running in list(self.waiting)]
-        taken = itertools.accumulate([*sizes, rows])
-        return sum(count > self._runner.free for count in taken)
+    def queue(self, rows: Sequence[Row]) -> int:
+        """How many requests would wait for slots, one more of these rows included."""
+        waiting = [running.plan.rows for running in list(self.waiting)]
+        taken = itertools.accumulate([*waiting, tuple(rows)])
+        return sum(not self._runner.fits(all_rows) for all_rows in taken)
 
     def remove(self, running: Running, wipe: bool = False) -> None:
         """A request that has ended goes, wherever it is."""

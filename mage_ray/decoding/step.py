@@ -16,9 +16,11 @@ import torch
 from mage_ray.decoding.drawing import Draw, Drawer, Drawn
 from mage_ray.decoding.outputs import Outputs
 from mage_ray.decoding.request import FinishReason, Token
-from mage_ray.decoding.runner import LiveRow, RowRunner
+from mage_ray.decoding.rows import Rows
+from mage_ray.decoding.runner import LiveRow
 from mage_ray.decoding.sampling import entropy
 from mage_ray.decoding.scheduler import Proposal, Running
+from mage_ray.decoding.seeds import ACCEPT, REPLACE
 from mage_ray.decoding.speculation import verify
 from mage_ray.errors import FieldError
 
@@ -29,7 +31,7 @@ _At = dict[LiveRow, tuple[int, ...]]
 class Step:
     """Steps over the rows of one runner. ``stop`` holds the token ids that end a request."""
 
-    def __init__(self, runner: RowRunner, stop: frozenset[int]) -> None:
+    def __init__(self, runner: Rows, stop: frozenset[int]) -> None:
         self._runner, self._stop = runner, stop
         self._drawer, self._proposer = Drawer(), Drawer()
 
@@ -38,7 +40,7 @@ class Step:
         """The tokens that the requests get in this step, in order: one each, or any number where the base proposes."""
         if not ready:
             return []
-        first = sorted((row for r in ready for row in r.eager_rows), key=lambda row: row.place)
+        first = sorted((row for r in ready for row in r.eager_rows), key=lambda row: (row.row.home, row.place))
         self._runner.arrange(first)
         owner = {row: r for r in ready for row in r.eager_rows}
         outputs = self._runner.feed(first, [[_next(owner[row])] for row in first])
@@ -71,14 +73,14 @@ class Step:
         if not proposing:
             return
         asked = [_base_draw(r, at) for r in proposing]
-        drawn = self._proposer.draw(asked, outputs, [r.uniform() for r in proposing])
+        drawn = self._proposer.draw(asked, outputs, [r.uniform(ahead=len(r.proposals)) for r in proposing])
         for r, draw, d in zip(proposing, asked, drawn, strict=True):
             r.proposals.append(Proposal(d.token, outputs.alone(draw.rows[0])))
 
     def _proposed(self, r: Running) -> bool:
         """Whether the base has proposed all that it may before the guide has its say."""
         count = len(r.proposals)
-        return count >= min(r.plan.cadence.speculate, r.room) or r.proposals[-1].token in self._stop
+        return count >= min(r.plan.cadence.speculate, r.turn) or r.proposals[-1].token in self._stop
 
     def _certain(self, lazy: list[Running], outputs: Outputs, at: _At) -> set[Running]:
         """Those whose cadence leaves this token to the base alone."""
@@ -126,7 +128,7 @@ class Step:
             both = both.then(later)
         rows = [(n, *(count + at[row][n] for row in r.rows[1:])) for n in range(count)]
         proposed = [p.token for p in r.proposals]
-        uniforms = [r.uniform() for _ in range(2 * len(proposed))]
+        uniforms = [r.uniform(use, n) for n in range(count) for use in (ACCEPT, REPLACE)]
         r.proposals = []
         tokens = []
         for drawn in verify(r.plan, r.request.sampling, proposed, both, rows, uniforms):
@@ -156,13 +158,13 @@ class Step:
             text += r.rest()
             if r.text is not None and r.text.stopped:
                 finished = "stop"
-        return Token(drawn.token, drawn.logprob, finished, text, guided, drawn.value)
+        return Token(drawn.token, drawn.logprob, finished, text, guided, drawn.value, plan=r.plan)
 
 
 class Looks:
     """The rows that look ahead in one step: all their candidates run in one forward, when they are known."""
 
-    def __init__(self, runner: RowRunner) -> None:
+    def __init__(self, runner: Rows) -> None:
         self._runner = runner
         self._rows: dict[int, tuple[LiveRow, Sequence[int]]] = {}
         self._seen: dict[int, torch.Tensor] = {}
@@ -181,6 +183,9 @@ class Looks:
             values_NC = self._runner.look([self._rows[rows[n]] for n in places], ids_NC[places])
             self._seen.update({rows[n]: values_C for n, values_C in zip(places, values_NC, strict=True)})
         return torch.stack([self._seen[row] for row in rows])
+
+    def logprob(self, row: int, token: int) -> None:
+        """Values are none."""
 
     def take(self, rows: Sequence[LiveRow], drawn: Drawn) -> None:
         """These rows go on from the candidate that was drawn."""

@@ -111,13 +111,13 @@ def load_adapter(folder: Path | str, name: str | None = None) -> Adapter:
     """
     folder = Path(folder)
     name = name or folder.name
-    config = _read_json(folder / CONFIG_FILE, name)
+    config = read_json(folder / CONFIG_FILE, name)
     if config.get("peft_type") != "LORA":
         raise FieldError(f"adapter {name}: peft_type", config.get("peft_type"), "LORA")
     for key, plain in _UNSUPPORTED.items():
         if config.get(key) not in plain:
             raise FieldError(f"adapter {name}: {key}", config[key], f"{plain[0]} (others can't be merged exactly)")
-    origin = _read_json(folder / ORIGIN_FILE, name) if (folder / ORIGIN_FILE).exists() else {}
+    origin = read_json(folder / ORIGIN_FILE, name) if (folder / ORIGIN_FILE).exists() else {}
     return Adapter(
         name=name,
         factors=_factors(_read_tensors(folder / WEIGHTS_FILE, name), config, name),
@@ -128,6 +128,14 @@ def load_adapter(folder: Path | str, name: str | None = None) -> Adapter:
         head=ValueHead.of(_read_tensors(folder / HEAD_FILE, name), name) if (folder / HEAD_FILE).exists() else None,
         notes=origin,
     )
+
+
+def load_value_model(folder: Path) -> Adapter:
+    """``load_adapter``, and a head must be there. Raises UserError when it isn't."""
+    adapter = load_adapter(folder)
+    if adapter.head is None:
+        raise UserError(f"{folder}: a value model without its head ({HEAD_FILE}); delete it to train it anew")
+    return adapter
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:
@@ -199,7 +207,8 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """What one of the JSON files of adapter ``name`` holds. Raises UserError when it isn't there or is damaged."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -77,14 +77,16 @@ def merged_head(heads: Sequence[ValueHead | None], coefficients: Sequence[float]
 class ValueHeads:
     """The heads of a bank's experts, None for those that are no value models. Each row gets the head it merges."""
 
-    def __init__(self, heads: Sequence[ValueHead | None], embedding_VE: torch.Tensor) -> None:
-        """Raises FieldError when a head is made for another hidden size."""
-        self._heads = list(heads)
+    def __init__(self, experts: Mapping[str, ValueHead | None], embedding_VE: torch.Tensor) -> None:
+        """``experts``: each one's head by its name, in the bank's order. Raises FieldError for another hidden size."""
+        heads = list(experts.values())
         self._embedding_VE = embedding_VE
         size, like = embedding_VE.shape[1], embedding_VE
-        for head in heads:
+        for name, head in experts.items():
             if head is not None and head.weight_E.shape != (size,):
-                raise FieldError("value head", f"of hidden size {len(head.weight_E)}", f"{size}, the model's")
+                raise FieldError(
+                    f"value head {name}", f"one of hidden size {len(head.weight_E)}", f"{size}, the model's"
+                )
         zeros_E = like.new_zeros(size)
         self._weight_KE = torch.stack([zeros_E if h is None else h.weight_E.to(like) for h in heads] or [zeros_E])
         self._bias_K = like.new_tensor([0.0 if h is None else h.bias for h in heads] or [0.0])
@@ -94,15 +96,6 @@ class ValueHeads:
         empty = like.new_zeros(0, size)
         self._down_RE = torch.cat([empty, *(h.down_rE.to(like) for _, h in low)])  # type: ignore[union-attr]
         self._up_RE = torch.cat([empty, *(h.up_Er.to(like).t() for _, h in low)])  # type: ignore[union-attr]
-
-    def check(self, coefficients: Sequence[float], kind: Kind) -> None:
-        """Raises FieldError when a row mixes experts that have no such head."""
-        for k, (coefficient, head) in enumerate(zip(coefficients, self._heads, strict=True)):
-            if coefficient != 0 and (head is None or (kind == "vocabulary" and head.kind != kind)):
-                got = "no value head" if head is None else f"a {head.kind} head"
-                raise FieldError(
-                    "plan.rows", f"a {kind} row over expert {k}, which has {got}", f"experts with a {kind} head"
-                )
 
     def scalar(self, hidden_RE: torch.Tensor, coefficients_RK: torch.Tensor) -> torch.Tensor:
         """``V`` of each row, [R], by the head that its coefficients make."""

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mage_ray.decoding.engine import Engine
-from mage_ray.decoding.plan import Backbones, Plan, Row, Setup, plan_for
+from mage_ray.decoding.methods import Backbones, Setup, plan_for
+from mage_ray.decoding.plan import Plan, Row
 from mage_ray.decoding.request import Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
 from mage_ray.errors import FieldError

@@ -291,8 +291,29 @@ def test_the_least_recently_used_prompt_goes(tiny: Tiny) -> None:
     assert cost(101) == 21
 
 
+def test_an_engine_that_was_cleared_away_leaves_the_next_ones_rows_alone(
+    tiny: Tiny, unshared: Callable[[Request], Generation]
+) -> None:
+    """Its requests may end later than its rows, which another engine has by then."""
+
+    def scene() -> None:
+        engine = tiny.engine(6, 200, stop=())
+        stale = engine.submit(Request(SYSTEM, guided(), Sampling(60, 0.0)))
+        until(engine, lambda: stale.running.generated > 2)
+        engine.runner.clear()
+        later = Engine(engine.runner, ())
+        request = Request(SYSTEM, EXPERT, Sampling(8, 0.0))
+        stream = later.submit(request)
+        until(later, lambda: stream.running.generated > 2)
+        stale.cancel()
+        until(later, lambda: stream.running.ended)
+        assert answer(stream) == unshared(request).ids
+
+    by_steps(scene)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_families_of_prompts_get_what_they_get_alone_and_compute_nothing_twice(
     tiny: Tiny, unshared: Callable[[Request], Generation], seed: int
 ) -> None:

@@ -179,7 +179,7 @@ def test_an_answer_is_the_text_of_its_tokens_as_it_streams(byte: Byte, seed: int
     assert drawn[-1].finished == "length"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])  # 4 has no three whole characters in a row
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_an_answer_ends_before_its_stop_string_and_shows_no_part_of_it(byte: Byte, seed: int, length: int) -> None:
     """Whatever its own text holds is made its stop string; the tokens are those drawn without one."""

@@ -224,11 +224,11 @@ def test_what_can_not_be_scored_here_is_refused(valued: Valued, tmp_path: Path) 
         [answer] = engine.generate([Request(PROMPTS[0], plan, Sampling(new))])
         return str(answer.error)
 
-    assert "over expert 0, which has no value head" in error(Plan.guided(BASE, [(scalar(*UNITS[0]), 1.0)], 1.0, 5))
+    assert "over expert e0, which has no value head" in error(Plan.guided(BASE, [(scalar(*UNITS[0]), 1.0)], 1.0, 5))
     assert "9 candidates to look at, allowed: at most 60 together" in error(PLANS["V merged"], 58)
     plain = Tiny(valued.folder, tmp_path).engine(stop=())
     [answer] = plain.generate([Request(PROMPTS[0], PLANS["V merged"], Sampling(4))])
-    assert "no expert here has a value head" in str(answer.error)
+    assert "over expert e1, which has no value head" in str(answer.error)
 
 
 def test_a_head_is_saved_beside_its_adapter_and_checked_when_read(valued: Valued, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_head_is_saved_beside_its_adapter_and_checked_when_read(valued: Valued
         with pytest.raises(FieldError, match="value head"):
             ValueHead.of(broken, "broken")
     wide = Adapter("wide", expert.factors, head=ValueHead(torch.zeros(33), 0.0))
-    with pytest.raises(FieldError, match="of hidden size 33, allowed: 32"):
+    with pytest.raises(FieldError, match="value head wide: got one of hidden size 33, allowed: 32"):
         RowRunner(AutoModelForCausalLM.from_pretrained(valued.folder), AdapterBank([wide]), 4, 40)
 
 

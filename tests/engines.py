@@ -60,9 +60,13 @@ class Tiny:
         batch = torch.tensor([list(sequence)])
         return torch.stack([self.merged(row)(batch).logits[0].log_softmax(-1) for row in plan.rows])
 
-    def logprobs(self, plan: Plan, sequence: Sequence[int], alone: bool = False) -> torch.Tensor:
-        """The plan's log-probabilities after each position, [T, V]; of the base ``alone`` if asked, same candidates."""
+    def logprobs(self, plan: Plan, sequence: Sequence[int], alone: bool = False, rounding: float = 0.0) -> torch.Tensor:
+        """The plan's log-probabilities after each position, [T, V]; of the base ``alone`` if asked, same candidates.
+
+        ``rounding`` is the standard deviation of noise on the rows: what they could have been in fewer bits.
+        """
         rows_RTV = self.rows(plan, sequence)
+        rows_RTV = rows_RTV + rounding * torch.randn_like(rows_RTV)
         weights = (1.0, *[0.0] * (len(plan.rows) - 1)) if alone else plan.weights
         scores_TV = sum(w * row_TV for w, row_TV in zip(weights, rows_RTV, strict=True))
         assert isinstance(scores_TV, torch.Tensor)
