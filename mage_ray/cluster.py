@@ -17,18 +17,24 @@ Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(cpus: int | None = None) -> Iterator[None]:
     """Within it, Ray is there: the cluster that ``RAY_ADDRESS`` or a submitted job names, or one of this machine's own.
 
-    A cluster that is started here listens on loopback only and ends with the block.
+    A cluster that is started here listens on loopback only and ends with the block; it has ``cpus`` to give out,
+    those of the machine unless given.
     """
+    ours = "RAY_ADDRESS" not in os.environ
+    if ours and "ray" not in sys.modules:
+        # Else Ray takes the machine's own address for 127.0.0.1, and listens there; it reads this on import.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ours = "RAY_ADDRESS" not in os.environ
-    local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if ours else {}
+    local: dict[str, Any] = (
+        {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cpus} if ours else {}
+    )
     # A worker finds programs (ninja, for one) where this process would.
     scripts = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([scripts, *os.environ.get("PATH", "").split(os.pathsep)])

@@ -71,24 +71,30 @@ def load_prompts(
 
 
 def split_prompts(
-    prompts: Sequence[Prompt], train: int, evaluation: int, seed: int = 0
-) -> tuple[list[Prompt], list[Prompt]]:
-    """``train`` prompts to train on and ``evaluation`` others to evaluate on, chosen by the seed and their content.
+    prompts: Sequence[Prompt], train: int, evaluation: int, seed: int = 0, search: int = 0
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """``train`` prompts to train on, ``evaluation`` others to evaluate on and ``search`` others to choose constants by.
 
-    The order of ``prompts`` doesn't matter. The two are taken from opposite ends of one shuffled list: a prompt that
-    was trained on under one pair of sizes is not evaluated on under another, as long as the larger training set and
-    the larger evaluation set fit side by side.
+    Chosen by the seed and their content; the order of ``prompts`` doesn't matter. The first two are taken from opposite
+    ends of one shuffled list: a prompt that was trained on under one pair of sizes is not evaluated on under another,
+    as long as the larger training set and the larger evaluation set fit side by side. Those of the search lie beside
+    the evaluation's.
 
-    Raises FieldError ``prompts.train`` or ``prompts.evaluation``: less than 1, or more than there are prompts.
+    Raises FieldError ``prompts.train``, ``prompts.evaluation`` or ``search.prompts``: less than 1 (0 for a search), or
+    more than there are prompts.
     """
-    for name, size in (("train", train), ("evaluation", evaluation)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise FieldError(f"prompts.{name}", size, "a whole number, 1 or more")
+    for name, size, least in (("train", train, 1), ("evaluation", evaluation, 1), ("search", search, 0)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            field = "search.prompts" if name == "search" else f"prompts.{name}"
+            raise FieldError(field, size, f"a whole number, {least} or more")
     shuffled = _shuffled({prompt.id: prompt for prompt in prompts}.values(), seed)
     if train + evaluation > len(shuffled):
         allowed = f"train + evaluation up to {len(shuffled)}, the number of different prompts in the source"
         raise FieldError("prompts.train", f"{train} (and evaluation {evaluation})", allowed)
-    return shuffled[::-1][:train], shuffled[:evaluation]
+    if train + evaluation + search > len(shuffled):
+        allowed = f"up to {len(shuffled) - train - evaluation}, what training and evaluation leave of the source"
+        raise FieldError("search.prompts", search, allowed)
+    return shuffled[::-1][:train], shuffled[:evaluation], shuffled[evaluation : evaluation + search]
 
 
 def _shuffled(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:

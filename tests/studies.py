@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from adapters import make_adapter
 
-from mage_ray.study import StudyFolder, parse_study
+from mage_ray.folder import StudyFolder
+from mage_ray.study import parse_study
 
 
 def tiny_study(model: Path, **changes: Any) -> str:
@@ -70,3 +71,20 @@ def trained_study(place: Path, model: Path, **changes: Any) -> StudyFolder:
     folder.rollouts.mkdir()
     folder.normalisation.write_text(json.dumps(normalisation))
     return folder
+
+
+def add_value_models(folder: StudyFolder, model: Path, hidden: int = 32, scale: float = 1.0) -> None:
+    """Value models of rank 3 for all of the study's sets, as training leaves them, but random."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mage_ray.merging.adapter import HEAD_FILE, ORIGIN_FILE
+    from mage_ray.training.experts import model_origin
+
+    dice = torch.Generator().manual_seed(4)
+    shapes = {"weight": (hidden,), "bias": (1,), "down": (3, hidden), "up": (hidden, 3)}
+    for i, (name, objective) in enumerate(product(folder.study.values, folder.study.objectives)):
+        place = make_adapter(model, folder.value(name, objective), seed=10 + i)
+        head = {part: scale * torch.randn(shape, generator=dice) for part, shape in shapes.items()}
+        save_file(head, place / HEAD_FILE)
+        (place / ORIGIN_FILE).write_text(json.dumps(model_origin(str(model))))

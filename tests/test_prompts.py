@@ -156,28 +156,33 @@ def test_a_bad_limit(limit: Any) -> None:
 numbers = st.integers(0, 60)
 
 
-@given(st.lists(numbers, min_size=2, unique=True), st.data(), st.integers(0, 9))
+@given(st.lists(numbers, min_size=2, max_size=40, unique=True), st.data(), st.integers(0, 9))
 def test_a_split_never_overlaps(items: list[int], data: st.DataObject, seed: int) -> None:
     prompts = [make_prompt(f"Question {i}") for i in items]
     train = data.draw(st.integers(1, len(items) - 1))
     evaluation = data.draw(st.integers(1, len(items) - train))
+    search = data.draw(st.integers(0, len(items) - train - evaluation))
     shuffled = data.draw(st.permutations(prompts + prompts[: len(prompts) // 2]))
-    to_train, to_evaluate = split_prompts(shuffled, train, evaluation, seed)
-    assert (len(set(to_train)), len(set(to_evaluate))) == (train, evaluation)
-    assert not {p.text for p in to_train} & {p.text for p in to_evaluate}
-    assert set(to_train) | set(to_evaluate) <= set(prompts)
-    assert split_prompts(prompts, train, evaluation, seed) == (to_train, to_evaluate)
+    to_train, to_evaluate, to_search = split_prompts(shuffled, train, evaluation, seed, search)
+    assert [len(set(part)) for part in (to_train, to_evaluate, to_search)] == [train, evaluation, search]
+    assert len({p.text for p in (*to_train, *to_evaluate, *to_search)}) == train + evaluation + search
+    assert {*to_train, *to_evaluate, *to_search} <= set(prompts)
+    # The search takes nothing from the others.
+    assert split_prompts(prompts, train, evaluation, seed) == (to_train, to_evaluate, [])
 
 
 def test_a_larger_evaluation_takes_nothing_from_training() -> None:
     prompts = load_prompts("builtin")
-    trained_on, _ = split_prompts(prompts, 128, 32, seed=3)
-    _, evaluated_on = split_prompts(prompts, 64, 90, seed=3)
+    trained_on, _, _ = split_prompts(prompts, 128, 32, seed=3)
+    _, evaluated_on, _ = split_prompts(prompts, 64, 90, seed=3)
     assert not set(trained_on) & set(evaluated_on)
     assert split_prompts(prompts, 128, 32, seed=4)[0] != trained_on
 
 
 @pytest.mark.parametrize(("train", "evaluation", "name"), [(0, 1, "train"), (1, 0, "evaluation"), (2, 2, "train")])
 def test_a_split_that_does_not_fit(train: int, evaluation: int, name: str) -> None:
+    prompts = [make_prompt(text) for text in ("a", "b", "c", "C")]
     with pytest.raises(FieldError, match=rf"^prompts\.{name}: "):
-        split_prompts([make_prompt(text) for text in ("a", "b", "c", "C")], train, evaluation)
+        split_prompts(prompts, train, evaluation)
+    with pytest.raises(FieldError, match=r"^search\.prompts: got 2, allowed: up to 1,"):
+        split_prompts(prompts, 1, 1, search=2)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mage_ray.errors import UserError
-from mage_ray.study import StudyFolder, load_study, parse_study
+from mage_ray.folder import StudyFolder
+from mage_ray.study import load_study, parse_study
 
 BASE = "objectives: {positive: {type: positivity}, short: {type: brevity}}\n"
 
@@ -25,10 +26,37 @@ BASE = "objectives: {positive: {type: positivity}, short: {type: brevity}}\n"
         ("guidance: {base: x}", "guidance.base: got x, allowed: one of bone, soup"),
         ("guidance: {strength: -1}", "guidance.strength: got -1"),
         ("guidance: {extrapolation: {kind: 1}}", "guidance.extrapolation.kind"),
+        ("guidance: {strength: {even: 1, kind: -1}}", "guidance.strength.kind: got -1, allowed: greater than or"),
+        ("guidance: {strength: {kind: 1}}", "guidance.strength.kind: got kind, allowed: one of"),
+        ("guidance: {strength: high}", "guidance.strength: got high, allowed: a valid number"),
+        ("guidance: {base_map: {degree: 1, control: [[1, 0]]}}", "guidance.base_map.control: got 1 points of 2"),
+        ("guidance: {guide_map: {degree: 5, control: [[1, 0]]}}", "guidance.guide_map.degree: got 5"),
+        (
+            "search: {space: {strength: {low: 2, high: 1}}}",
+            "search.space.strength.high: got 1.0, allowed: more than low",
+        ),
+        ("search: {space: {strength: {low: 2, top: 1}}}", "search.space.strength.high: got nothing"),
+        ("search: {space: {strength: [1, -2]}}", "search.space.strength.1: got -2, allowed: greater than or equal"),
+        (
+            "search: {space: {strength: {low: 0.1, high: 1, step: 0.25}}}",
+            "search.space.strength.low: got 0.1, allowed: a",
+        ),
+        ("search: {space: {candidates: [0]}}", "search.space.candidates.0: got 0"),
+        ("search: {space: {beta: [0.6]}}", "search.space.beta: got [0.6], allowed: fields here: method, base"),
+        ("search: {algorithm: cmaes, metrics: [hypervolume, cost]}", "search.algorithm: got cmaes, allowed: nsga2"),
+        ("search: {rungs: 6}", "search.rungs: got 6, allowed: few enough"),
         ("evaluation: {methods: [foo]}", "'foo' is not a method; allowed: reference"),
         ("evaluation: {grid: [[0.5, 0.6]]}", "evaluation.grid.0: got a sum of 1.1"),
         ("evaluation: {reference_point: [1]}", "evaluation.reference_point: got [1.0], allowed: a number, or 2"),
         ("rollouts: {temperature: 0}", "rollouts.temperature: got 0"),
+        ("values: {bone: {}}", "values: got bone, allowed: a name that no set of training.backbones has"),
+        ("values: {'../x': {}}", "String should match pattern"),
+        ("values: {v: {held_out: 1}}", "values.v.held_out: got 1"),
+        ("values: {v: {}}\nguidance: {values: w}", "guidance.values: got w, allowed: one of v"),
+        ("guidance: {values: w}", "guidance.values: got w, allowed: one of none"),
+        ("values: {v: {head: scalar}}\nguidance: {head: vocabulary}", "guidance.head: got vocabulary, allowed: scalar"),
+        ("analysis: {grid: [[0.5, 0.6]]}", "analysis.grid.0: got a sum of 1.1"),
+        ("analysis: {scales: [0]}", "analysis.scales.0: got 0"),
         ("model: [1]", "study: model"),
         ("objectives: {positive: {type: positivity}}", "study: objectives"),
         ("objectives: {a: {}, b: {type: brevity}}", "objectives.a.type: got nothing, allowed: Field required"),

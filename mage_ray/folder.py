@@ -1,0 +1,83 @@
+"""The layout of a study's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mage_ray.errors import UserError
+from mage_ray.files import write_atomic
+from mage_ray.study import FIXED, Study, load_study
+
+
+class StudyFolder:
+    """Where the parts of a study lie. Every job finds here what the jobs before it left.
+
+    study.yaml, betas.json (where training chose some), rollouts/*.parquet and rollouts/normalisation.json,
+    experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads),
+    evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+        self.study_file = self.path / "study.yaml"
+        self.rollouts = self.path / "rollouts"
+        self.normalisation = self.rollouts / "normalisation.json"
+        self.experts = self.path / "experts"
+        self.chosen = self.path / "betas.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.values = self.path / "values"
+        self.evaluation = self.path / "evaluation"
+        self.analysis = self.path / "analysis"
+        self.report = self.path / "report"
+        self.search = self.path / "search"
+        self.recipe = self.path / "recipe.yaml"
+
+    @property
+    def study(self) -> Study:
+        """The study that this folder was made for, with what training has chosen since.
+
+        Raises UserError when it is missing or corrupt.
+        """
+        return load_study(self.study_file).with_betas({name: made["beta"] for name, made in self.choices().items()})
+
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Of backbone sets whose beta was chosen among several: ``beta``, and what it was chosen by."""
+        try:
+            return dict(json.loads(self.chosen.read_text()))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise UserError(f"{self.chosen}: corrupt; delete it, and the next training chooses again") from None
+
+    def value(self, set: str, objective: str) -> Path:
+        """The value model of an objective in a set of value models."""
+        return self.values / f"{set}-{objective}"
+
+    def expert(self, backbone: str, objective: str) -> Path:
+        """The adapter of the row of ``backbone``'s mix that belongs to ``objective``."""
+        return self.experts / f"{backbone}-{objective}"
+
+    @classmethod
+    def create(cls, path: Path | str, study: Study) -> StudyFolder:
+        """The folder for ``study``, made if it isn't there.
+
+        Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
+        ``evaluation``, ``analysis`` and ``search`` may differ from what it was made with, and ``values`` may gain sets.
+        """
+        folder = cls(path)
+        if folder.study_file.exists():
+            there = load_study(folder.study_file)
+            for field in FIXED:
+                if getattr(there, field) != getattr(study, field):
+                    raise UserError(
+                        f"{folder.path}: its study differs in {field}, allowed: the study that the folder was made "
+                        "with, or a new folder"
+                    )
+        text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        if not folder.study_file.exists() or folder.study_file.read_text() != text:
+            write_atomic(folder.study_file, text)
+        return folder
