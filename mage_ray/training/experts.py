@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError
 from mage_ray.files import atomic_path
+from mage_ray.folder import StudyFolder
 from mage_ray.merging.adapter import ORIGIN_FILE
 from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
 from mage_ray.progress import shown as counted_on
-from mage_ray.study import Study, StudyFolder
+from mage_ray.study import Study
 from mage_ray.training.checkpoint import export_checkpoint, load_state
 from mage_ray.training.pairs import Pair, expert_pairs, training_order
 from mage_ray.training.ray_train import fit_all, room
@@ -30,24 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expert:
-    """A row of a mix, and the places (several, where sets share a row) where its adapter goes."""
+    """A row of a mix, and the places (several, where sets share a row) where its adapter goes.
+
+    ``beta`` is its set's, where that was chosen among several: each has a training of its own.
+    """
 
     weights: Mapping[str, float]
     places: tuple[Path, ...]
+    beta: float | None = None
 
     @property
     def name(self) -> str:
-        return self.places[0].name
+        own = self.places[0].name
+        return own if self.beta is None else f"{own}-beta-{self.beta:g}"
 
 
 def study_experts(study: Study, folder: StudyFolder) -> list[Expert]:
     """The experts to train, in the order of the sets and of their rows; equal rows are one expert."""
     names = study.objective_names
     places: dict[tuple[float, ...], list[Path]] = {}
+    betas: dict[tuple[float, ...], float | None] = {}
     for backbone, spec in study.training.backbones.items():
         for objective, row in zip(names, spec.mix(len(names)), strict=True):
-            places.setdefault(tuple(float(b) for b in row), []).append(folder.expert(backbone, objective))
-    return [Expert(dict(zip(names, row, strict=True)), tuple(at)) for row, at in places.items()]
+            key = tuple(float(b) for b in row)
+            places.setdefault(key, []).append(folder.expert(backbone, objective))
+            betas.setdefault(key, spec.beta if spec.betas is not None else None)
+    return [Expert(dict(zip(names, row, strict=True)), tuple(at), betas[row]) for row, at in places.items()]
 
 
 def train_experts(study: Study, folder: StudyFolder, console: Console | None = None) -> None:
@@ -70,6 +79,18 @@ def train_experts(study: Study, folder: StudyFolder, console: Console | None = N
         places = room(study.training)
         for round in range(study.training.rounds):
             todo = _train_round(study, folder, todo, pool, round, places, console)
+
+
+def train_early(
+    study: Study, folder: StudyFolder, place: StudyFolder, steps: int, console: Console | None = None
+) -> None:
+    """As ``train_experts``, but only for the first ``steps`` steps of round 0, from where a whole training goes on.
+
+    Pool and checkpoints are those of ``folder``; the experts go into ``place``.
+    """
+    todo = [expert for expert in study_experts(study, place) if not all(map(is_expert, expert.places))]
+    if todo:
+        _train_round(study, folder, todo, load_pool(folder, study), 0, room(study.training), console, steps)
 
 
 def check_training(study: Study) -> None:
@@ -99,11 +120,15 @@ def _train_round(
     round: int,
     at_once: int,
     console: Console | None,
+    until: int | None = None,
 ) -> list[Expert]:
-    """One round of all ``experts``; returns them for the next one. The last round puts them in their places."""
-    runs = _runs(study, folder, experts, pool, round, console)
+    """One round of all ``experts``; returns them for the next one. The last round puts them in their places.
+
+    So does one that ends early, after the step ``until``.
+    """
+    runs = _runs(study, folder, experts, pool, round, console, until)
     by_name = {run.name: expert for expert in experts for run in [runs[expert.name]]}
-    last = round == study.training.rounds - 1
+    last = round == study.training.rounds - 1 or until is not None
 
     with ThreadPoolExecutor(1) as aside:
         # In one thread, beside the training: transformers can't be imported from two at once.
@@ -125,6 +150,7 @@ def _runs(
     pool: DataFrame,
     round: int,
     console: Console | None,
+    until: int | None,
 ) -> dict[str, Run]:
     """The run of each expert, by the expert's name."""
     spec = study.training
@@ -164,6 +190,7 @@ def _runs(
             prompts=prompts,
             normalisation=folder.normalisation.read_text() if prompts else "",
             start=_between(folder, expert, round - 1) if round > 0 else None,
+            until=until,
         )
     return runs
 

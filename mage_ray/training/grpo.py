@@ -8,7 +8,7 @@ from typing import Any
 from mage_ray.chat import conversation
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.objectives import Normaliser, load, score
-from mage_ray.study import ObjectiveSpec
+from mage_ray.specs import ObjectiveSpec
 from mage_ray.training.run import Continued, Run, lora_config
 
 

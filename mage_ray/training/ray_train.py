@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mage_ray.errors import UserError
-from mage_ray.study import TrainingSpec
+from mage_ray.specs import TrainingSpec
 from mage_ray.training.progress import shown
 from mage_ray.training.run import METRICS, Run
 from mage_ray.training.worker import train
@@ -80,7 +80,7 @@ def fit_all(
     if console is not None and runs:
         names = ", ".join(run.name for run in runs)
         console.print(f"training {names}, {at_once} at a time: workers are starting", highlight=False)
-    watched = {run.name: (run.folder / METRICS, run.spec.steps) for run in runs}
+    watched = {run.name: (run.folder / METRICS, run.end) for run in runs}
     with shown(console, watched), ThreadPoolExecutor(at_once) as threads:
         for future in [threads.submit(work, run) for run in runs]:
             future.result()

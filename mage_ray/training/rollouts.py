@@ -13,9 +13,10 @@ from mage_ray import objectives
 from mage_ray.cluster import Progress, counted, run_shards
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path, write_atomic
+from mage_ray.folder import StudyFolder
 from mage_ray.objectives import Normaliser, Objective
 from mage_ray.prompts import Prompt, load_prompts, split_prompts
-from mage_ray.study import Study, StudyFolder
+from mage_ray.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
 
 def study_prompts(study: Study) -> tuple[list[Prompt], list[Prompt]]:
     """The study's prompts to train on and to evaluate on; no prompt is in both."""
+    train, evaluation, _ = _split(study, 0)
+    return train, evaluation
+
+
+def search_prompts(study: Study) -> list[Prompt]:
+    """The study's prompts to choose constants by, none of them among ``study_prompts``. Raises FieldError."""
+    return _split(study, study.search.prompts)[2]
+
+
+def _split(study: Study, search: int) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     spec = study.prompts
     everything = load_prompts(spec.source, split=spec.split, column=spec.column, seed=study.seed)
-    return split_prompts(everything, spec.train, spec.evaluation, study.seed)
+    return split_prompts(everything, spec.train, spec.evaluation, study.seed, search)
 
 
 def load_objectives(study: Study) -> dict[str, Objective]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mage_ray.study import LoraSpec, Study, TrainingSpec
+from mage_ray.specs import LoraSpec, TrainingSpec, ValuesSpec
+from mage_ray.study import Study
 from mage_ray.training.pairs import Pair, Sample
 
 if TYPE_CHECKING:
@@ -39,18 +40,26 @@ class Run:
     """The adapter to start from, for a further round."""
     examples: Sequence[Example] = ()
     """Value models: the answers of all steps, in the order of their use."""
+    until: int | None = None
+    """After so many steps it pauses; None: after all."""
+    values: ValuesSpec | None = None
+    """Value models: how they are trained."""
 
     @property
     def folder(self) -> Path:
         return self.checkpoints / self.name
 
     @property
+    def end(self) -> int:
+        """The step after which it stops this time."""
+        return self.spec.steps if self.until is None else self.until
+
+    @property
     def spec(self) -> TrainingSpec:
         """How it is trained: the study's ``training``, for a value model with what its ``values`` say."""
-        values = self.study.values
-        if not self.examples or values is None:
+        if self.values is None:
             return self.study.training
-        own = {name: getattr(values, name) for name in ("lora", "steps", "batch_size", "learning_rate")}
+        own = {name: getattr(self.values, name) for name in ("lora", "steps", "batch_size", "learning_rate")}
         return self.study.training.model_copy(update=own | {"rounds": 1})
 
 

@@ -36,24 +36,36 @@ class ValueModel(nn.Module):
 
     The scalar part of the head, ``V(s)``, learns the target of each state. A vocabulary head learns besides, by
     ``Q(s, a) = V(s) + e_a . up down h``, the target of the state that the answer's own next token led to.
+
+    Every state of a run counts alike, however its answers are dealt out to batches and workers: dividing by a batch's
+    own number of states would give those of short answers more weight, and ``V`` would lean to their rewards.
     """
 
-    def __init__(self, backbone: Any, size: int, rank: int | None, lam: float | None) -> None:
-        """``rank`` of the vocabulary head, None for a scalar one; ``lam`` of TD(lambda), None for final rewards."""
+    def __init__(self, backbone: Any, size: int, rank: int | None, lam: float | None, tokens: float) -> None:
+        """``rank`` of the vocabulary head, None for a scalar one; ``lam`` of TD(lambda), None for final rewards.
+
+        ``tokens``: how many an answer of the run has, on average.
+        """
         super().__init__()
         self.backbone = backbone
         self.head = TrainedHead(size, rank)
         self.lam = lam
+        self.tokens = tokens
 
     @property
     def peft_config(self) -> Any:
         """The backbone's."""
         return self.backbone.peft_config
 
+    @property
+    def config(self) -> Any:
+        """The backbone's: ZeRO-3's buffers are made for its hidden size."""
+        return self.backbone.config
+
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: torch.Tensor, reward: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The mean over states of half the squared errors. ``answer`` [B, T] marks the answer's tokens, at the end."""
+        """Half the mean squared error over states. ``answer`` [B, T] marks the answer's tokens, at the end."""
         whole = self.backbone.get_base_model()
         position_BT = (attention_mask.cumsum(-1) - 1).clamp_min(0)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_BT}
@@ -63,9 +75,9 @@ class ValueModel(nn.Module):
         # A token's state is the one after it, so the prompt's last token stands for the empty answer.
         state_BT = answer_BT | answer_BT.roll(-1, 1)
         target_BT = targets(value_BT.detach(), reward.float(), self.lam)
-        loss = squared(value_BT, target_BT, state_BT)
+        loss = squared(value_BT, target_BT, state_BT) / (self.tokens + 1)
         if more_BT is not None:
-            loss = loss + squared(value_BT[:, :-1] + more_BT, target_BT[:, 1:], answer_BT[:, 1:])
+            loss = loss + squared(value_BT[:, :-1] + more_BT, target_BT[:, 1:], answer_BT[:, 1:]) / self.tokens
         return {"loss": loss}
 
 
@@ -87,5 +99,5 @@ def targets(value_BT: torch.Tensor, reward_B: torch.Tensor, lam: float | None) -
 
 
 def squared(value_BT: torch.Tensor, target_BT: torch.Tensor, where_BT: torch.Tensor) -> torch.Tensor:
-    """Half the mean squared error over the positions ``where_BT``."""
-    return 0.5 * ((value_BT - target_BT).square() * where_BT).sum() / where_BT.sum().clamp_min(1)
+    """Half the squared errors over an answer's positions ``where_BT``, added up; their mean over the answers."""
+    return 0.5 * ((value_BT - target_BT).square() * where_BT).sum(-1).mean()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.training.run import Continued, Example, Run, lora_config
@@ -25,24 +28,35 @@ def value_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    values, spec = run.study.values, run.spec
+    values, spec = run.values, run.spec
     assert values is not None
     # Before the model: with ZeRO-3 the arguments make from_pretrained partition the weights as it reads them.
     config = TrainingArguments(**arguments, remove_unused_columns=False, label_names=[])
     model = load_model(run.study.model, "bfloat16" if arguments["bf16"] else "float32")
     chat = Chat(load_tokenizer(run.study.model), model, run.study.system)
     size = model.config.get_text_config().hidden_size
-    set_seed(run.study.seed)  # All value models of a study start from one initialisation: their merge rests on it.
+    set_seed(initial_seed(run))
     backbone = get_peft_model(model, lora_config(spec.lora))
     rank = values.rank if values.head == "vocabulary" else None
+    tokens = fmean(len(example.sample.ids) for example in run.examples)
     trainer = ValueTrainer(
-        model=ValueModel(backbone, size, rank, values.lam if values.target == "td" else None),
+        model=ValueModel(backbone, size, rank, values.lam if values.target == "td" else None, tokens),
         args=config,
         train_dataset=_tokens(run.examples[done * spec.batch_size : spec.steps * spec.batch_size], chat),
         data_collator=collate,
     )
     trainer.done, trainer.steps = done, spec.steps
     return trainer
+
+
+def initial_seed(run: Run) -> int:
+    """What LoRA and head start from: one seed for all value models of a set, since their merge rests on it, or each its
+    own, to see how much."""
+    assert run.values is not None
+    if run.values.initialisation == "common":
+        return run.study.seed
+    place = run.study.objective_names.index(next(iter(run.weights)))
+    return int(np.random.SeedSequence([run.study.seed, 6, place]).generate_state(1)[0])
 
 
 def _tokens(examples: Sequence[Example], chat: Chat) -> Any:

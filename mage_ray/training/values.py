@@ -1,4 +1,4 @@
-"""Explicit value models of a study: one for each objective, trained on the pool, measured on prompts held out."""
+"""Explicit value models: sets of one for each objective, trained on the pool and measured on prompts held out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import write_atomic
-from mage_ray.merging.adapter import ORIGIN_FILE
-from mage_ray.study import Study, StudyFolder, ValuesSpec
+from mage_ray.folder import StudyFolder
+from mage_ray.merging.adapter import ORIGIN_FILE, load_value_model, read_json
+from mage_ray.specs import ValuesSpec
+from mage_ray.study import Study
 from mage_ray.training.checkpoint import export_checkpoint, load_state
 from mage_ray.training.experts import is_expert, model_origin
 from mage_ray.training.pairs import Sample, training_order
@@ -25,16 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 QUALITY = "quality.json"
-_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_LENGTHS = (0, 4, 8, 16, 32, 64, 128)
 _RESAMPLES = 2000
 _AT_ONCE = 16
-
-
-def values_spec(study: Study) -> ValuesSpec:
-    """The study's ``values``. Raises FieldError when it has none."""
-    if study.values is None:
-        raise FieldError("values", None, "a part of the study that says how value models are trained")
-    return study.values
 
 
 def train_values(study: Study, folder: StudyFolder, console: Console | None = None) -> None:
@@ -43,34 +39,46 @@ def train_values(study: Study, folder: StudyFolder, console: Console | None = No
     One that is there is left alone; one that was under way goes on from its last checkpoint. Raises UserError when the
     pool isn't there or has rewards that are no numbers, or when a value model was trained as another study says.
     """
-    spec = values_spec(study)
-    if spec.batch_size % study.training.workers:
-        raise FieldError(
-            "values.batch_size", spec.batch_size, f"a multiple of training.workers ({study.training.workers})"
-        )
-    for name in study.objective_names:
-        check_trained_as(folder.value(name), spec)
-    todo = [name for name in study.objective_names if not is_expert(folder.value(name))]
+    check_values(study)
+    for set, spec in study.values.items():
+        for name in study.objective_names:
+            check_trained_as(folder.value(set, name), spec)
+    todo = [
+        (set, name) for set in study.values for name in study.objective_names if not is_expert(folder.value(set, name))
+    ]
     pool = load_pool(folder, study)
-    train, test = split(pool, spec.held_out, study.seed)
     if todo:
-        runs = {f"value-{name}": _run(study, folder, train, name) for name in todo}
+        places = {f"{set}-{name}": folder.value(set, name) for set, name in todo}
+        runs = [_run(study, folder, pool, set, name) for set, name in todo]
         origin = model_origin(study.model)
 
         def finished(run: Run, checkpoint: Path) -> None:
-            _export(study, folder.value(next(iter(run.weights))), checkpoint, origin)
+            _export(run, places[run.name], checkpoint, origin)
 
         with connected():
-            fit_all(list(runs.values()), room(study.training), finished, console)
-    for name in study.objective_names:
-        if not (folder.value(name) / QUALITY).exists():
-            quality = measure(study, folder.value(name), test, f"reward/{name}")
-            write_atomic(folder.value(name) / QUALITY, json.dumps(quality, indent=1) + "\n")
+            fit_all(runs, room(study.training), finished, console)
+    for set, spec in study.values.items():
+        for name in study.objective_names:
+            place = folder.value(set, name)
+            if not (place / QUALITY).exists():
+                _, test = split(pool, spec.held_out, study.seed)
+                quality = measure(study, place, test, f"reward/{name}")
+                write_atomic(place / QUALITY, json.dumps(quality, indent=1) + "\n")
+
+
+def check_values(study: Study) -> None:
+    """Raises FieldError when the study has no ``values``, or fields of them don't go together."""
+    if not study.values:
+        raise FieldError("values", "nothing", "a part of the study that says how value models are trained")
+    for set, spec in study.values.items():
+        if spec.batch_size % study.training.workers:
+            allowed = f"a multiple of training.workers ({study.training.workers})"
+            raise FieldError(f"values.{set}.batch_size", spec.batch_size, allowed)
 
 
 def check_trained_as(place: Path, spec: ValuesSpec) -> None:
     """Raises UserError when the value model in ``place`` was trained otherwise than ``spec`` says."""
-    if is_expert(place) and json.loads((place / ORIGIN_FILE).read_text()).get("values") != spec.model_dump(mode="json"):
+    if is_expert(place) and read_json(place / ORIGIN_FILE, place.name).get("values") != spec.model_dump(mode="json"):
         raise UserError(f"{place}: trained as another `values` said, allowed: the same, or delete it to train it anew")
 
 
@@ -83,73 +91,89 @@ def split(pool: DataFrame, held_out: float, seed: int) -> tuple[DataFrame, DataF
     return pool[~held], pool[held]
 
 
-def _run(study: Study, folder: StudyFolder, train: DataFrame, name: str) -> Run:
-    spec = values_spec(study)
+def _run(study: Study, folder: StudyFolder, pool: DataFrame, set: str, name: str) -> Run:
+    spec = study.values[set]
+    train, _ = split(pool, spec.held_out, study.seed)
     rewards = train[f"reward/{name}"].to_numpy(dtype=np.float64)
     if not np.isfinite(rewards).all():
         count = int((~np.isfinite(rewards)).sum())
-        raise UserError(f"value model {name}: {count} rewards of the pool are not finite, allowed: numbers")
+        raise UserError(f"value model {set}-{name}: {count} rewards of the pool are not finite, allowed: numbers")
     answers = [
         Example(Sample(str(prompt), tuple(map(int, ids))), float(reward))
         for prompt, ids, reward in zip(train["prompt"], train["ids"], rewards, strict=True)
         if len(ids)
     ]
     if len(answers) < spec.batch_size:
-        raise UserError(
-            f"value model {name}: the pool has {len(answers)} answers to train on, allowed: at least values.batch_size "
-            f"({spec.batch_size})"
-        )
+        allowed = f"at least values.{set}.batch_size ({spec.batch_size})"
+        raise UserError(f"value model {set}-{name}: the pool teaches {len(answers)} answers, allowed: {allowed}")
     order = training_order(len(answers), spec.steps * spec.batch_size, study.seed)
     return Run(
-        name=f"value-{name}",
+        name=f"{set}-{name}",
         study=study,
         checkpoints=folder.checkpoints,
         weights={name: 1.0},
         examples=[answers[i] for i in order],
+        values=spec,
     )
 
 
-def _export(study: Study, place: Path, checkpoint: Path, origin: dict[str, str]) -> None:
+def _export(run: Run, place: Path, checkpoint: Path, origin: dict[str, str]) -> None:
     """Put the value model of a finished run in its place, with its record."""
+    assert run.values is not None
     state = load_state(checkpoint)
-    values = values_spec(study).model_dump(mode="json")
+    values = run.values.model_dump(mode="json")
     record = {**origin, "values": values, "steps": state.step, "metrics": state.metrics}
     export_checkpoint(checkpoint, place, record)
 
 
 def measure(study: Study, place: Path, test: DataFrame, column: str) -> dict[str, Any]:
-    """How well ``V`` tells the final reward of answers to unseen prompts, by the share of the answer that it has seen.
+    """How well ``V`` tells the final reward of answers to unseen prompts, by how much of the answer it has seen.
 
-    For each share: the mean squared error, beside the rewards' own variance, and Spearman's rank correlation with its
-    90 % interval, by a bootstrap over prompts.
+    Once by the share of the answer (which gives its length away), once by tokens, over the answers that go on from
+    there. Each time: the mean squared error, beside the rewards' own variance, and Spearman's rank correlation with its
+    90 % interval, by a bootstrap over prompts. Raises UserError when ``place`` holds no value model for this model.
     """
     from mage_ray.chat import Chat
     from mage_ray.decoding.plan import Row
     from mage_ray.decoding.runner import RowRunner
-    from mage_ray.merging.adapter import load_adapter
     from mage_ray.merging.bank import AdapterBank
-    from mage_ray.models import load_model, load_tokenizer
+    from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 
-    model = load_model(study.model, study.dtype)
-    chat = Chat(load_tokenizer(study.model), model, study.system)
+    value_model = load_value_model(place)
+    model, tokenizer = load_model(study.model, study.dtype), load_tokenizer(study.model)
+    value_model.check_origin(model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+    chat = Chat(tokenizer, model, study.system)
     encoded = {text: list(chat.encode(text)) for text in test["prompt"].unique()}
     sequences = [[*encoded[text], *map(int, ids)] for text, ids in zip(test["prompt"], test["ids"], strict=True)]
     starts = [len(encoded[text]) for text in test["prompt"]]
-    runner = RowRunner(model, AdapterBank([load_adapter(place)]), _AT_ONCE, max(map(len, sequences)) + 1)
+    runner = RowRunner(model, AdapterBank([value_model]), _AT_ONCE, max(map(len, sequences)))
     values: list[np.ndarray] = []
     for begin in range(0, len(sequences), _AT_ONCE):
         part = slice(begin, begin + _AT_ONCE)
         values += [v.numpy() for v in runner.values(Row((1.0,)), sequences[part], starts[part])]
     rewards = test[column].to_numpy(dtype=np.float64)
     prompts = test["prompt_id"].to_numpy()
-    rows = []
-    for fraction in _FRACTIONS:
-        seen = np.array([v[round(fraction * (len(v) - 1))] for v in values], dtype=np.float64)
-        low, high = _interval(seen, rewards, prompts, study.seed)
-        error = float(np.mean((seen - rewards) ** 2))
-        correlation = rank_correlation(seen, rewards)
-        rows.append({"seen": fraction, "error": error, "correlation": correlation, "low": low, "high": high})
-    return {"answers": len(rewards), "prompts": len(set(prompts)), "variance": float(rewards.var()), "by_prefix": rows}
+
+    def quality(own: np.ndarray, seen: np.ndarray) -> dict[str, float]:
+        low, high = _interval(seen, rewards[own], prompts[own], study.seed)
+        error = float(np.mean((seen - rewards[own]) ** 2))
+        correlation = rank_correlation(seen, rewards[own])
+        return {"answers": len(own), "error": error, "correlation": correlation, "low": low, "high": high}
+
+    everyone = np.arange(len(values))
+    by_share = [
+        {"seen": share, **quality(everyone, np.array([v[round(share * (len(v) - 1))] for v in values], np.float64))}
+        for share in _SHARES
+    ]
+    by_length = []
+    for length in _LENGTHS:
+        longer = np.array([a for a in everyone if len(values[a]) - 1 > length], dtype=np.int64)
+        if len(longer) > 1:
+            by_length.append(
+                {"seen": length, **quality(longer, np.array([values[a][length] for a in longer], np.float64))}
+            )
+    totals = {"answers": len(rewards), "prompts": len(set(prompts)), "variance": float(rewards.var())}
+    return totals | {"by_share": by_share, "by_length": by_length}
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

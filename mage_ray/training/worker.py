@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mage_ray.study import TrainingSpec
+from mage_ray.specs import TrainingSpec
 from mage_ray.training.checkpoint import (
     TrainingState,
     load_adapter_weights,
@@ -61,11 +61,11 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
 
     spec = run.spec
     done = 0 if last is None else load_state(last).step
-    if done >= spec.steps:
+    if done >= run.end:
         return
-    make = value_trainer if run.examples else {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
+    make = value_trainer if run.values is not None else {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
     with tempfile.TemporaryDirectory(prefix="mage_ray-") as scratch:
-        arguments = trainer_arguments(spec, run.study.seed, done, workers, distributed, scratch)
+        arguments = trainer_arguments(spec, run.study.seed, run.end - done, workers, distributed, scratch)
         trainer = make(run, done, arguments)
         start = last or run.start
         if start is not None:
@@ -76,9 +76,9 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
 
 
 def trainer_arguments(
-    spec: TrainingSpec, seed: int, done: int, workers: int, distributed: bool, scratch: str
+    spec: TrainingSpec, seed: int, steps: int, workers: int, distributed: bool, scratch: str
 ) -> dict[str, Any]:
-    """The arguments that all trainers share, for the steps that are left."""
+    """The arguments that all trainers share, for this many steps."""
     import torch
 
     share = spec.batch_size // workers
@@ -88,7 +88,7 @@ def trainer_arguments(
         "output_dir": scratch,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
-        "max_steps": spec.steps - done,
+        "max_steps": steps,
         "learning_rate": spec.learning_rate,
         "optim": "adamw_torch",
         "max_grad_norm": 1.0,
@@ -146,7 +146,7 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
                 with open(run.folder / METRICS, "a") as file:
                     file.write(json.dumps({"step": step, "seconds": round(now - self.started, 3)} | metrics) + "\n")
                 self.started = now
-            if step % spec.checkpoint_every == 0 or step == spec.steps:
+            if step % spec.checkpoint_every == 0 or step == run.end:
                 self.checkpoint(step, metrics)
 
         def checkpoint(self, step: int, metrics: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from training_pools import make_study
 
 from mage_ray.errors import FieldError, UserError
-from mage_ray.study import StudyFolder
+from mage_ray.folder import StudyFolder
 from mage_ray.training.checkpoint import STATE, TrainingState, load_state, save_state
 from mage_ray.training.experts import check_training, study_experts
 from mage_ray.training.progress import Standing, read_metrics, shown

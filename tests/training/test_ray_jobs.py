@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from ray_tests import assert_same, checkpointed, driver_to_kill, kill_a_worker, steps_made, wait_for, weights_of
 from rich.console import Console
 from test_trainers import dpo_run
 from training_pools import make_folder, make_pool, make_study
@@ -37,25 +31,6 @@ LONG: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "learning_rate": 2e-
 
 
 @pytest.fixture(scope="module")
-def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cluster whose workers find the locks that a killed build leaves behind: whoever builds would wait for ever.
-
-    Yields the folder of the builds.
-    """
-    import ray
-
-    builds = tmp_path_factory.mktemp("torch_extensions")
-    for op in ("deepspeed_shm_comm", "cpu_adam", "fused_adam", "utils"):
-        (builds / op).mkdir()
-        (builds / op / "lock").touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(builds))
-        ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
-        yield builds
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def alone(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """The adapter of an unbroken run in this process, without DeepSpeed: what all jobs must arrive at."""
     run = dpo_run(tiny_model_folder, tmp_path_factory.mktemp("alone"), WEIGHTS)
@@ -66,20 +41,6 @@ def alone(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def alone_for_long(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     run = dpo_run(tiny_model_folder, tmp_path_factory.mktemp("alone_for_long"), WEIGHTS, **LONG)
     return weights_of(fit(run, in_process=True))
-
-
-def weights_of(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        # AdamW divides by the gradient's size: where a gradient is nearly 0, rounding turns into a visible step.
-        assert np.abs(got[name] - tensor).mean() < 2e-4, name
-        assert np.abs(got[name] - tensor).max() < 2e-2, name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -125,13 +86,9 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_experts_al
     names = [expert.name for expert in study_experts(study, folder)]
     assert names == ["soup-early", "soup-late"]
 
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder.path)], start_new_session=True)
-    try:
+    with driver_to_kill(train_experts, folder):
         wait_for(lambda: (folder.expert("soup", "early") / ORIGIN_FILE).exists())
         wait_for(lambda: checkpointed(folder.checkpoints / "soup-late"))
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
     first = (folder.expert("soup", "early") / ORIGIN_FILE).stat().st_mtime_ns
     assert not (folder.expert("soup", "late") / ORIGIN_FILE).exists()
 
@@ -171,46 +128,3 @@ def test_more_than_the_cluster_has_is_refused_at_once(ray_here: Path, tiny_model
     folder = make_folder(tmp_path / "study", study, make_pool())
     with pytest.raises(UserError, match=r"4 CPUs .* 2 that"):
         train_experts(study, folder)
-
-
-DRIVER = """
-import sys, ray
-from mage_ray.study import StudyFolder
-from mage_ray.training.experts import train_experts
-ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, configure_logging=False)
-folder = StudyFolder(sys.argv[1])
-train_experts(folder.study, folder)
-"""
-
-
-def steps_made(path: Path) -> list[int]:
-    """The steps in the order in which they were made, those made twice twice."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return []
-    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
-def checkpointed(run: Path) -> bool:
-    """Whether Ray Train's controller has taken note of a checkpoint."""
-    try:
-        return bool(json.loads((run / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"])
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def kill_a_worker(run: Path, killed: list[int]) -> None:
-    """Kill -9 one of this process's own Ray Train workers once there is a checkpoint to go on from; note its id."""
-    wait_for(lambda: checkpointed(run))
-    children = psutil.Process().children(recursive=True)
-    worker = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())][-1]
-    worker.kill()
-    killed.append(worker.pid)

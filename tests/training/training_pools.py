@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mage_ray.study import Study, StudyFolder
+from mage_ray.folder import StudyFolder
+from mage_ray.study import Study
+from mage_ray.training.pairs import Sample, training_order
+from mage_ray.training.run import Example, Run
 
 END = 258
 """The tiny tokenizer's ``<|im_end|>``."""
@@ -80,6 +83,33 @@ def make_study(model: Path, **training: Any) -> Study:
     )
 
 
+VALUES: dict[str, Any] = {
+    "steps": 60,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "rank": 4,
+    "lora": {"rank": 4, "alpha": 8},
+}
+
+
+def valued_study(model: Path, training: Mapping[str, Any] | None = None, **values: Any) -> Study:
+    """The same with value models."""
+    study = make_study(model, **(training or {}))
+    return Study.model_validate(study.model_dump(mode="json") | {"values": {"final": VALUES | values}})
+
+
+def value_run(study: Study, pool: pd.DataFrame, checkpoints: Path, name: str = "early") -> Run:
+    """The run of one value model on all answers of ``pool``."""
+    spec = study.values["final"]
+    answers = [
+        Example(Sample(prompt, tuple(ids)), float(reward))
+        for prompt, ids, reward in zip(pool["prompt"], pool["ids"], pool[f"reward/{name}"], strict=True)
+    ]
+    order = training_order(len(answers), spec.steps * spec.batch_size, study.seed)
+    examples = [answers[i] for i in order]
+    return Run(f"final-{name}", study, checkpoints, {name: 1.0}, examples=examples, values=spec)
+
+
 def make_folder(path: Path, study: Study, pool: pd.DataFrame) -> StudyFolder:
     """A study folder as sampling leaves it."""
     from mage_ray.objectives import Normaliser
@@ -97,7 +127,6 @@ def make_folder(path: Path, study: Study, pool: pd.DataFrame) -> StudyFolder:
 def reference_logprobs(study: Study, pool: pd.DataFrame) -> list[float]:
     from mage_ray.chat import Chat
     from mage_ray.models import load_model, load_tokenizer
-    from mage_ray.training.pairs import Sample
     from mage_ray.training.reference import sample_logps
 
     model = load_model(study.model)
