@@ -1,0 +1,7 @@
+"""`ray job submit --working-dir . -- python jobs/analyse.py …`: the verb `mage-ray analyse`, with its options."""
+
+import sys
+
+from mage_ray.cli import main
+
+sys.exit(main(["analyse", *sys.argv[1:]]))
