@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["print_table", "write_report"]
 
+_PAGES = {
+    "analyses": ("Analyses", "when merging and guiding work."),
+    "search": ("Search", "which constants were tried, and what the best of them gain on unseen prompts."),
+}
+"""What may lie beside a report; its links to them stand between the marks."""
+_MARKS = ("<!-- pages -->", "<!-- /pages -->")
 _SHOWN_PROMPTS = 4
 _SHOWN_METHODS = 4
 _SHOWN_PREFERENCES = 5
@@ -35,16 +41,42 @@ def write_report(
     is made; then each file is replaced whole and the page comes last. All text is escaped; the page loads nothing from
     outside its folder.
     """
-    from mage_ray.evaluation.plots import DARK, LIGHT, draw_control, draw_cost, draw_fronts
+    from mage_ray.evaluation.canvas import DARK, LIGHT
+    from mage_ray.evaluation.plots import draw_control, draw_cost, draw_fronts
 
-    page = _page(title, summary, samples, facts)
+    whole = _linked(_page(title, summary, samples, facts), folder)
     content: dict[str, bytes | str] = {}
     for name, draw in (("front", draw_fronts), ("control", draw_control), ("cost", draw_cost)):
         content[f"{name}.png"] = draw(summary, LIGHT)
         content[f"{name}-dark.png"] = draw(summary, DARK)
-    content |= {"summary.json": summary.to_json(), "index.html": page}
+    content |= {"summary.json": summary.to_json(), "index.html": whole}
     for name, data in content.items():
         write_atomic(folder / name, data)
+
+
+def write_page(folder: Path, name: Literal["analyses", "search"], title: str, body: str) -> Path:
+    """Write ``<name>.html`` beside a report, which links to it, whichever of them is written first."""
+    path = folder / f"{name}.html"
+    write_atomic(path, page(title, f"<h1>{escape(title)}</h1>\n{body}"))
+    index = folder / "index.html"
+    if index.exists():
+        text = index.read_text(encoding="utf-8")
+        if (linked := _linked(text, folder)) != text:
+            write_atomic(index, linked)
+    return path
+
+
+def _linked(index: str, folder: Path) -> str:
+    """A report's page with links to those pages that are there now."""
+    begin, end = _MARKS
+    before, opened, rest = index.partition(begin)
+    _, closed, after = rest.partition(end)
+    links = "".join(
+        f'<p><a href="{name}.html">{label}</a>: {about}</p>\n'
+        for name, (label, about) in _PAGES.items()
+        if (folder / f"{name}.html").exists()
+    )
+    return f"{before}{begin}\n{links}{end}{after}" if opened and closed else index
 
 
 def _page(title: str, summary: Summary, samples: pd.DataFrame, facts: Mapping[str, str]) -> str:
@@ -57,15 +89,14 @@ def _page(title: str, summary: Summary, samples: pd.DataFrame, facts: Mapping[st
         else "A point is filled as far as its preference leans to the objective on the horizontal axis."
     )
     columns = _columns(summary)
-    template = Template(files("mage_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
+    body = _template("report.html").substitute(
         title=escape(title),
         scope=(
             f"{len(summary.methods)} methods, {n} objectives ({escape(', '.join(summary.objectives))}), "
             f"{summary.prompts} prompts with {summary.seeds} seeds at every point. "
             f"Intervals: {summary.confidence:.0%}, {summary.resamples} resamples of the prompts."
         ),
-        fronts=_figure(
+        fronts=figure(
             "front",
             "Fronts of all methods",
             f"{filled} Thin bars are {summary.confidence:.0%} intervals. A star is a method without a preference axis. "
@@ -74,15 +105,31 @@ def _page(title: str, summary: Summary, samples: pd.DataFrame, facts: Mapping[st
         ),
         measures=measures_html(summary),
         differences=_differences(summary),
-        control=_figure("control", "Achieved reward over preference weight", "Dotted: no preference axis.", wide=n > 2),
-        cost=_figure("cost", "Hypervolume and inner product over KL", "", wide=True),
+        control=figure("control", "Achieved reward over preference weight", "Dotted: no preference axis.", wide=n > 2),
+        cost=figure("cost", "Hypervolume and inner product over KL", "", wide=True),
         samples=_samples(summary, samples, columns),
         meanings="".join(f"<dt>{escape(column.label)}</dt><dd>{escape(column.meaning)}</dd>" for column in COLUMNS),
-        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()),
+        facts=facts_html(facts),
     )
+    return page(title, body)
 
 
-def _figure(name: str, alt: str, caption: str, wide: bool) -> str:
+def page(title: str, body: str) -> str:
+    """A whole page around its body."""
+    return _template("page.html").substitute(title=escape(title), body=body)
+
+
+def facts_html(facts: Mapping[str, str]) -> str:
+    """The entries of a list of facts."""
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+
+
+def _template(name: str) -> Template:
+    return Template(files("mage_ray.evaluation").joinpath(name).read_text(encoding="utf-8"))
+
+
+def figure(name: str, alt: str, caption: str, wide: bool) -> str:
+    """A picture in both dresses, ``<name>.png`` and ``<name>-dark.png``."""
     return (
         f'<figure{" class=wide" if wide else ""}><div class="scroll"><picture>'
         f'<source srcset="{name}-dark.png" media="(prefers-color-scheme: dark)">'

@@ -169,7 +169,7 @@ def paired_difference(summary: Summary, method_a: str, method_b: str, measure: s
         raise FieldError("measure", measure, ", ".join(MEASURES))
     a, b = summary.method(method_a), summary.method(method_b)
     difference = a.measures[measure].value - b.measures[measure].value
-    return _interval(difference, a.resampled[measure] - b.resampled[measure], summary.confidence)
+    return interval(difference, a.resampled[measure] - b.resampled[measure], summary.confidence)
 
 
 def _summarise_method(
@@ -213,14 +213,15 @@ def _summarise_method(
         points=points_RJN[0],
         point_intervals=np.stack(_bounds(points_RJN[1:], confidence), axis=-1),
         measures={
-            measure: _interval(value[0], value[1:], confidence, reflect=measure == "hypervolume")
+            measure: interval(value[0], value[1:], confidence, reflect=measure == "hypervolume")
             for measure, value in values.items()
         },
         resampled={measure: value[1:] for measure, value in values.items()},
     )
 
 
-def _interval(value: float, resampled: Floats, confidence: float, reflect: bool = False) -> Interval:
+def interval(value: float, resampled: Floats, confidence: float, reflect: bool = False) -> Interval:
+    """A value with the percentiles of its resamples, or with ``reflect`` those reflected about it."""
     low, high = (float(bound) for bound in _bounds(resampled, confidence))
     if reflect:
         low, high = max(0.0, 2 * value - high), 2 * value - low  # a volume is not negative
