@@ -1,0 +1,1 @@
+"""Searches over settings: what proposes the next ones to try, and what keeps count."""

@@ -1,0 +1,87 @@
+"""The resident engines of a search: each loads the model and the experts once, for all trials."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
+from mage_ray.folder import StudyFolder
+from mage_ray.prompts import Prompt
+from mage_ray.search.recipe import Recipe
+from mage_ray.search.space import Space
+from mage_ray.search.trial import Share
+from mage_ray.study import Study
+from mage_ray.training.rollouts import search_prompts
+
+_BLOCK = 4
+"""Prompts in a cell, at most: few enough that engines get equal shares of a setting."""
+
+
+class ResidentEngine:
+    """A Ray actor that tries settings."""
+
+    def __init__(self, study: Study, folder: Path, sets: Sequence[str], threads: int, device: str | None) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._space, self._folder = Space(study), StudyFolder(folder)
+        self._prompts = search_prompts(study)
+        self._runner = CellRunner(study, folder, sets, device)
+
+    def run(self, config: Mapping[str, Any], prompts: int, place: int, of: int) -> Share:
+        """A setting on the first ``prompts`` prompts: of its cells those at ``place``, ``place + of`` and so on.
+
+        Raises UserError.
+        """
+        import pandas as pd
+
+        recipe = self._space.recipe(config)
+        every: list[Cell] = []
+        begin = 0
+        for end in rung_sizes(len(self._prompts), self._space.study.search.rungs):
+            while begin < min(end, prompts):
+                block = self._prompts[begin : min(begin + _BLOCK, end)]
+                every += setting_cells(self._space, self._folder, recipe, block)
+                begin += len(block)
+        # Which engine gets the odd one out changes with the setting.
+        mine = every[(place + sum(every[0].path.name.encode())) % of :: of]
+        missing = [cell for cell in mine if not cell.path.exists()]
+        began = time.monotonic()
+        for _ in self._runner.run(missing):
+            pass
+        tokens = sum(int(frame["tokens"].sum()) for frame in read_cells(missing))
+        names = ["point", "tokens", "forwards", "kl", *(f"reward/{name}" for name in self._space.study.objectives)]
+        samples = [frame[names] for frame in read_cells(mine)]
+        numbers = pd.concat(samples, ignore_index=True) if samples else pd.DataFrame(columns=names)
+        kept = recipe.model_dump(mode="json", exclude_none=True)
+        return Share(numbers, time.monotonic() - began, tokens, kept)
+
+
+def start_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> list[Any]:
+    """``search.workers`` actors that share the cluster's CPUs; one that dies comes back and does its work again."""
+    workers = study.search.workers
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    cpus = max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
+    gpus = study.training.gpus_per_worker
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    engine: Any = ray.remote(ResidentEngine).options(**options)
+    device = "cuda" if gpus > 0 else None
+    return [engine.remote(study, folder.path, list(sets), cpus, device) for _ in range(workers)]
+
+
+def rung_sizes(prompts: int, rungs: int) -> list[int]:
+    """How many prompts each rung has in all: half of them at the last but one, a quarter before that, and so on."""
+    return [-(-prompts // 2 ** (rungs - 1 - rung)) for rung in range(rungs)]
+
+
+def setting_cells(space: Space, folder: StudyFolder, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Cell]:
+    """A recipe's cells over the search's grid; their files are named by content, so that no setting is run twice."""
+    study = recipe.applied(space.study)
+    place = folder.search / "cells"
+    plans, grid = {recipe.method: space.plans(recipe)}, study.search_grid()
+    return make_cells(study, folder, place, plans, space.setup(recipe), grid, prompts, whole=True)

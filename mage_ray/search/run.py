@@ -1,0 +1,186 @@
+"""A search, whole: trials by Ray Tune on resident engines, the best setting checked on unseen prompts, the recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from mage_ray import objectives
+from mage_ray.cluster import Progress
+from mage_ray.errors import FieldError, UserError
+from mage_ray.files import write_atomic
+from mage_ray.folder import StudyFolder
+from mage_ray.generator import load_experts
+from mage_ray.progress import shown
+from mage_ray.search.recipe import Recipe, load_recipe
+from mage_ray.search.spec import METRICS
+from mage_ray.study import Study
+from mage_ray.training.rollouts import load_normaliser, load_objectives, search_prompts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mage_ray.search.space import Space
+
+_WAITING: dict[str, float] = {"memory": 64 * 2**20}
+"""What a trial takes: the engines have the CPUs, and a trial that asked for none at all would be refused."""
+_SNAPSHOT_SECONDS = "1"
+"""How often Tune writes down where it stands."""
+
+
+def search_study(
+    study: Study,
+    folder: StudyFolder,
+    console: Console | None = None,
+    resume: bool = False,
+    facts: Mapping[str, str] = MappingProxyType({}),
+) -> Recipe:
+    """Search a trained study's space; write ``recipe.yaml``, which is returned, ``search/`` and a page of the report.
+
+    With ``resume`` a search that was cut short goes on and repeats no trial that has ended; a finished one is only
+    read. Connected to Ray. Raises UserError: a space that can't be searched, a folder that has a search already
+    (without ``resume``) or another one (with it), or a search of whose trials none ended well.
+    """
+    from mage_ray.search.outcome import conclude
+    from mage_ray.search.space import Space
+
+    space = Space(study)
+    search_prompts(study)
+    load_normaliser(folder, study)
+    load_experts(folder, study, space.sets)
+    for name, scorer in load_objectives(study).items():
+        objectives.probe(name, scorer)
+    _claim(study, folder, resume)
+    if not (folder.search / "recipes").exists():
+        run_trials(space, folder, console)
+    elif folder.recipe.exists():
+        return load_recipe(folder.recipe)
+    return conclude(space, folder, facts, console)
+
+
+def _claim(study: Study, folder: StudyFolder, resume: bool) -> None:
+    """Write down what this search is, or see that the one that is there is the same. Raises FieldError."""
+    place = folder.search / "search.json"
+    ours = {
+        "study": study.digest,
+        "search": study.search.model_dump(mode="json", exclude={"workers", "concurrent", "log_to"}),
+        "guidance": study.guidance.model_dump(mode="json"),
+        "evaluation": study.evaluation.model_dump(
+            mode="json", include={"max_new_tokens", "temperature", "top_p", "seeds"}
+        ),
+    }
+    if not place.exists():  # with resume, too: there is nothing to go on with
+        shutil.rmtree(folder.search / "tune", ignore_errors=True)
+        write_atomic(place, json.dumps(ours, indent=1) + "\n")
+        return
+    if not resume:
+        raise UserError(f"{folder.search}: holds a search already, allowed: --resume to go on with it, or --fresh")
+    theirs = json.loads(place.read_text())
+    for field, value in ours.items():
+        if theirs.get(field) != value:
+            raise FieldError(
+                "--resume", f"a search of another {field}", f"the study that {folder.search} was begun with"
+            )
+
+
+def discard(folder: StudyFolder) -> None:
+    """Forget a search, but for the samples, which are found again by their content."""
+    for part in ("tune", "trials", "recipes"):
+        shutil.rmtree(folder.search / part, ignore_errors=True)
+    for file in (folder.search / "search.json", folder.search / "history.json", folder.report / "search.html"):
+        file.unlink(missing_ok=True)
+
+
+def run_trials(space: Space, folder: StudyFolder, console: Console | None = None) -> None:
+    """The search's trials alone, those that are missing; their reports are kept (``trial.read_records``).
+
+    Connected to Ray. Raises UserError where none ended well.
+    """
+    # Read by Ray when it is imported, or when a search begins.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+    from ray import tune
+
+    from mage_ray.search import tuning
+    from mage_ray.search.engine import rung_sizes, start_engines
+    from mage_ray.search.trial import Trials, read_records
+
+    spec = space.study.search
+    place = folder.search / "tune"
+    loggers = tuning.loggers(space.study, folder.search)
+    engines = start_engines(space.study, folder, space.sets)
+    trials = Trials(
+        folder=folder.path,
+        engines=tuple(engines),
+        rungs=tuple(rung_sizes(spec.prompts, spec.rungs)),
+        objectives=tuple(space.study.objectives),
+        grid=tuple(space.study.search_grid()),
+        reference_point=tuple(space.study.reference_point()),
+    )
+
+    def trial(config: dict[str, Any]) -> None:
+        trials.run(config)
+
+    trainable = tune.with_resources(trial, _WAITING)
+    if tune.Tuner.can_restore(str(place)):
+        tuner = tune.Tuner.restore(str(place), trainable, resume_errored=True)
+    else:
+        halving = spec.rungs > 1
+        tune_config = tune.TuneConfig(
+            metric=spec.metrics[0] if halving else None,
+            mode=METRICS[spec.metrics[0]] if halving else None,
+            search_alg=tuning.searcher(space),
+            scheduler=tuning.scheduler(space.study),
+            num_samples=spec.trials,
+            max_concurrent_trials=spec.concurrent,
+            reuse_actors=True,
+        )
+        run_config = tune.RunConfig(
+            name=place.name,
+            storage_path=str(place.parent),
+            callbacks=loggers,
+            stop=tuning.GivesUp(folder.path),
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
+        )
+        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    with shown(console, "search") as progress, _polled(folder, spec.trials, progress):
+        tuner.fit()
+    for engine in engines:
+        ray.kill(engine)
+    records = read_records(folder)
+    if all("error" in record for record in records):
+        reason = records[0]["error"] if records else "Tune has started none"
+        raise UserError(f"search: none of {len(records)} trials ended well: {reason}")
+
+
+@contextmanager
+def _polled(folder: StudyFolder, trials: int, progress: Progress | None) -> Iterator[None]:
+    """Within it, ``progress`` is told how many settings have been tried, from a thread of its own."""
+    from mage_ray.search.trial import read_records
+
+    over = threading.Event()
+
+    def poll() -> None:
+        told = -1
+        while progress is not None:
+            if (tried := min(len(read_records(folder)), trials)) != told:
+                progress(tried, trials)
+                told = tried
+            if over.wait(1):
+                return
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
