@@ -1,7 +1,7 @@
 """The table for a GPU: a model of Qwen3-8B's shape with random weights in bfloat16. Not yet run on one: README.md.
 
-Imports nothing of mage_ray but merging, decoding, errors and files. Every run ends with its tokens on the CPU, so the
-device has finished when the clock is read.
+Imports nothing of mage_ray but merging, decoding, preference, errors and files. Every run ends with its tokens on the
+CPU, so the device has finished when the clock is read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from naive import NaiveReference
 from results import checks, throughput_ratios
 from rivals import MergedModels
 from setting import EXPERTS, PREFERENCES, TINY, Prompts, guided, random_experts, random_model, unguided, without_stops
-from timing import time_rounds
+from timing import joint_steps, time_rounds
 from transformers import PreTrainedModel, Qwen3Config
 
 from mage_ray.decoding.engine import Engine
-from mage_ray.decoding.request import Request, Sampling
 from mage_ray.decoding.runner import RowRunner
 from mage_ray.merging.bank import AdapterBank
 
@@ -84,7 +83,9 @@ def measure(
     only = ("generate", "unguided", "guided", "rival")
     arms = make_arms(engine, models, new_tokens, BATCHES, only)
     timings = time_rounds(arms, rounds, prompts, prompt_tokens, new_tokens, NaiveReference(models, exact=False), say)
-    steps = [step_seconds(engine, prompts, prompt_tokens, new_tokens) for _ in range(rounds + 1)][1:]
+    plain = unguided(PREFERENCES[0])
+    asked = prompts.take(rounds + 1, prompt_tokens)
+    steps = [joint_steps(engine, plain, [prompt], new_tokens)[0] for prompt in asked][1:]
     weights = weight_bytes(reference)
     floor = weights / bandwidth
     return {
@@ -103,14 +104,6 @@ def measure(
         },
         "checks": checks(timings),
     }
-
-
-def step_seconds(engine: Engine, prompts: Prompts, prompt_tokens: int, new_tokens: int) -> float:
-    """Mean seconds between the tokens of one unguided request, its prompt left out."""
-    [prompt] = prompts.take(1, prompt_tokens)
-    request = Request(prompt, unguided(PREFERENCES[0]), Sampling(new_tokens, temperature=0.0))
-    stamps = [time.perf_counter() for _ in engine.stream(request)]
-    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

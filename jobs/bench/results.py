@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from timing import Timing
+from timing import Steps, Timing
 
 from mage_ray.files import write_atomic
 
@@ -30,6 +30,8 @@ THROUGHPUT_RATIOS = {
     "guided_vs_rival_b8": ("guided_b8", "rival_b8"),
     "mixed8_vs_rival": ("mixed8_b8", "mixed8_rival_b8"),
     "mixed8_vs_equal8": ("mixed8_b8", "equal8_b8"),
+    "explicit_q_vs_unguided": ("explicit_q_b1", "unguided_b1"),
+    "explicit_q_vs_unguided_k6": ("explicit_q_b1", "unguided_k6_b1"),
 }
 
 AT_LEAST = {
@@ -43,8 +45,9 @@ AT_LEAST = {
     "guided_vs_rival_b8": 2.8,
     "mixed8_vs_rival": 10.0,
     "mixed8_vs_equal8": 0.97,
+    "explicit_q_vs_unguided": 0.75,
 }
-AT_MOST = {"new_preference_ttft": 1.05, "guided_memory": 1.25}
+AT_MOST = {"new_preference_ttft": 1.05, "guided_memory": 1.25, "value_v20_vs_q": 3.0}
 
 
 def throughput_ratios(
@@ -62,12 +65,18 @@ def throughput_ratios(
     }
 
 
-def first_token_result(passed: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """What goes under ``first_token``: seconds for a new and a seen preference, and their samples."""
+def samples_result(passed: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What goes under ``first_token``, and of steps: the seconds of each kind, and their samples."""
     return {
         kind: {"seconds_median": statistics.median(s), "seconds_min": min(s), "samples": len(s), "seconds": list(s)}
         for kind, s in passed.items()
     }
+
+
+def steps_result(steps: Mapping[str, Steps]) -> dict[str, Any]:
+    """What goes under ``value_steps``, and under ``split`` for a batch."""
+    seconds = samples_result({kind: own.seconds for kind, own in steps.items()})
+    return {**seconds, "checks": {kind: asdict(own.agreement) for kind, own in steps.items()}}
 
 
 def memory_result(peaks: Mapping[str, Mapping[str, int | None]]) -> tuple[dict[str, Any], float]:
@@ -83,10 +92,12 @@ def checks(timings: Sequence[Timing]) -> dict[str, dict[str, Any]]:
     return {t.arm.key: asdict(t.agreement) for t in timings if t.agreement is not None}
 
 
-def bars(ratios: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """For each ratio that was measured: what it should reach, and whether it does."""
-    least = {name: {"least": bar, "pass": ratios[name] >= bar} for name, bar in AT_LEAST.items() if name in ratios}
-    most = {name: {"most": bar, "pass": ratios[name] <= bar} for name, bar in AT_MOST.items() if name in ratios}
+def bars(
+    ratios: Mapping[str, float], at_least: Mapping[str, float] = AT_LEAST, at_most: Mapping[str, float] = AT_MOST
+) -> dict[str, dict[str, Any]]:
+    """For each ratio that was measured and has a bar: what it should reach, and whether it does."""
+    least = {name: {"least": bar, "pass": ratios[name] >= bar} for name, bar in at_least.items() if name in ratios}
+    most = {name: {"most": bar, "pass": ratios[name] <= bar} for name, bar in at_most.items() if name in ratios}
     return least | most
 
 
@@ -159,9 +170,10 @@ def show_bars(results: Mapping[str, Any]) -> None:
     """The ratios of a results file against their bars, as a table."""
     rows = []
     for name, ratio in results["ratios"].items():
-        bar = results["bars"][name]
-        target = f"≥ {bar['least']}" if "least" in bar else f"≤ {bar['most']}"
-        rows.append([name, ratio, results["ratios_of_minima"].get(name, ""), target, "yes" if bar["pass"] else "NO"])
+        bar = results["bars"].get(name)
+        target = "" if bar is None else f"≥ {bar['least']}" if "least" in bar else f"≤ {bar['most']}"
+        reached = "" if bar is None else "yes" if bar["pass"] else "NO"
+        rows.append([name, ratio, results["ratios_of_minima"].get(name, ""), target, reached])
     show("Ratios", ("ratio", "of medians", "of minima", "bar", "reached"), rows)
 
 

@@ -1,38 +1,51 @@
 """What people write today: transformers' ``generate`` on merged weights, and guidance in a LogitsProcessor.
 
-Legend: Q requests, T tokens that are new since the last call, V vocabulary, C candidates.
+Legend: Q requests, T tokens that are new since the last call, V vocabulary, C candidates, E hidden size.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from setting import CANDIDATES, STRENGTH, Prompt
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from mage_ray.decoding.plan import Plan, Row
 from mage_ray.merging.adapter import Adapter
 
 
+@dataclass(frozen=True)
+class MergedHead:
+    """``V(s) = weight . h + bias`` and, where there is a matrix, ``Q(s, a) = V(s) + e_a . matrix h``; float64."""
+
+    weight_E: torch.Tensor
+    bias: float
+    matrix_EE: torch.Tensor | None
+
+
 class MergedModels:
     """The model of each row, its experts added to the weights one by one in float64; made on first use and kept.
 
-    What no expert touches (embeddings, norms, head) is one tensor for all of them. Row 0 is ``reference`` itself.
+    What no expert touches (embeddings, norms, head) is one tensor for all of them. Row 0 is ``reference`` itself. A row
+    may have coefficients for the first experts alone.
     """
 
     def __init__(self, reference: PreTrainedModel, experts: Sequence[Adapter]) -> None:
         self.reference = reference
         self._experts = experts
-        self._made: dict[Row, PreTrainedModel] = {}
+        self._made: dict[tuple[float, ...], PreTrainedModel] = {}
 
     @torch.no_grad()
     def of(self, row: Row) -> PreTrainedModel:
-        """The model of a row, in eval mode."""
-        if not any(row.coefficients):
+        """The model of a row, in eval mode; of a value model what is below its head."""
+        coefficients = self._over_all(row)
+        if not any(coefficients):
             return self.reference
-        if row not in self._made:
+        if coefficients not in self._made:
             touched = {f"{module}.weight" for expert in self._experts for module in expert.factors}
             shared = {id(p): p for name, p in self.reference.named_parameters() if name not in touched}
             model = copy.deepcopy(self.reference, memo=dict(shared))
@@ -40,21 +53,38 @@ class MergedModels:
                 weight = model.get_submodule(module).weight
                 assert isinstance(weight, torch.Tensor)
                 total = weight.double()
-                for expert, coefficient in zip(self._experts, row.coefficients, strict=True):
-                    if module in expert.factors:
+                for expert, coefficient in zip(self._experts, coefficients, strict=True):
+                    if coefficient and module in expert.factors:
                         total += coefficient * expert.factors[module].delta()
                 weight.copy_(total)
-            self._made[row] = model
-        return self._made[row]
+            self._made[coefficients] = model
+        return self._made[coefficients]
+
+    def head_of(self, row: Row) -> MergedHead:
+        """The head of a value model's row: as its weights, each part the sum of the experts' own, in float64."""
+        parts = [(c, e.head) for e, c in zip(self._experts, self._over_all(row), strict=True) if c]
+        matrix_EE = None
+        if row.head == "vocabulary":
+            matrix_EE = sum(c * (head.up_Er.double() @ head.down_rE.double()) for c, head in parts)
+        weight_E = sum(c * head.weight_E.double() for c, head in parts)
+        return MergedHead(weight_E, sum(c * head.bias for c, head in parts), matrix_EE)
+
+    def _over_all(self, row: Row) -> tuple[float, ...]:
+        return (*row.coefficients, *[0.0] * (len(self._experts) - len(row.coefficients)))
 
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, guidance: LogitsProcessor | None = None
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    guidance: LogitsProcessor | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """The greedy continuations of prompts of one length: transformers' ``generate`` with its default dynamic cache.
 
-    The model has no end token (``setting.without_stops``), so every request gets all ``new_tokens``.
+    The model has no end token (``setting.without_stops``), so every request gets all ``new_tokens``. ``streamer`` gets
+    each token once it is made; it takes one prompt alone.
     """
     ids_QT = torch.tensor(prompts, device=model.device)
     config = GenerationConfig(do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
@@ -64,6 +94,7 @@ def generate(
         attention_mask=torch.ones_like(ids_QT),
         generation_config=config,
         logits_processor=processors,
+        streamer=streamer,
     )
     return made_QT[:, ids_QT.shape[1] :].tolist()
 
@@ -92,7 +123,13 @@ class ImplicitGuidance(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, ids_QC, guided_QC)
 
 
-def generate_guided(models: MergedModels, plan: Plan, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+def generate_guided(
+    models: MergedModels,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
     """The rival: ``generate`` on the plan's base, guided by its guide and the reference."""
     base, guide, reference = (models.of(row) for row in plan.rows)
-    return generate(base, prompts, new_tokens, ImplicitGuidance(guide, reference))
+    return generate(base, prompts, new_tokens, ImplicitGuidance(guide, reference), streamer)

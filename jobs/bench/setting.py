@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from mage_ray.decoding.plan import Backbones, Plan, Setup, plan_for
+from mage_ray.decoding.methods import Backbones, Setup, plan_for
+from mage_ray.decoding.plan import Plan
 from mage_ray.merging.adapter import Adapter, Factors
 from mage_ray.merging.bank import linear_shapes
 from mage_ray.merging.coefficients import circulant_mix
@@ -21,6 +22,14 @@ RELATIVE_DELTA = 0.08
 STRENGTH = 1.0
 CANDIDATES = 50
 BETA = 0.7
+HEAD_RANK = 32
+LOOKED_AT = 20
+"""Candidates that a scalar value head looks at, in one forward."""
+SPREAD = 2.0
+"""Standard deviation of one head's V over states, and of its Q over tokens; of a merge's some 0.6 of that.
+
+So at strength 1 the values and the base's log-probabilities both have a say in what is chosen.
+"""
 PREFERENCES = (
     (0.5, 0.3, 0.2),
     (0.2, 0.5, 0.3),
@@ -73,14 +82,16 @@ def without_stops(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def random_experts(model: PreTrainedModel, count: int, relative: float = RELATIVE_DELTA) -> list[Adapter]:
-    """``count`` rank-16 experts on all linears but the head, expert i drawn from seed i.
+def random_experts(
+    model: PreTrainedModel, count: int, relative: float = RELATIVE_DELTA, first: int = 0
+) -> list[Adapter]:
+    """``count`` rank-16 experts on all linears but the head, drawn from seeds ``first`` and up, one each.
 
     Each delta has ``relative`` times the Frobenius norm of the weight that it is added to.
     """
     head = model.get_output_embeddings()
     experts = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         dice = torch.Generator(model.device).manual_seed(seed)
         factors = {}
         for name, (features_in, features_out) in linear_shapes(model).items():

@@ -6,15 +6,15 @@ See README.md beside this file.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
+from command import Results, say
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 BATCHES = (1, 8)
@@ -23,7 +23,7 @@ OFFSETS = (0, 1, 2, 4, 8, 16, 32)
 OLD, NEW = (0.7, 0.2, 0.1), (0.1, 0.2, 0.7)
 
 
-def cadences(rounds: int, name: str, say: Any) -> list[dict[str, Any]]:
+def cadences(rounds: int, name: str) -> list[dict[str, Any]]:
     """Tokens per second and the guide's score of each cadence, sampled at temperature 1; all arms in turn."""
     from setting import PREFERENCES, Prompts, guided, load, random_experts, unguided
 
@@ -81,7 +81,7 @@ def cadences(rounds: int, name: str, say: Any) -> list[dict[str, Any]]:
     return points
 
 
-def changes(samples: int, name: str, say: Any) -> list[dict[str, Any]]:
+def changes(samples: int, name: str) -> list[dict[str, Any]]:
     """Time to the next token after a change of preference, keys and values kept or recomputed, and how far off it is.
 
     ``kl_<n>`` is KL(recomputed || kept), in nats, of the next-token distribution n tokens after the change;
@@ -175,37 +175,21 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, write the results, show them."""
-    parser = argparse.ArgumentParser(description="Measures cheaper guidance, and a preference that changes.")
-    parser.add_argument("--out", type=Path, required=True, help="the results, as JSON")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="a model, its folder, or tiny")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, and changes at each context")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds must be 1 or more")
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    import torch
-    from results import commit, machine, now, show, write
+    """``command.run`` of this benchmark."""
+    options = command.parser("Measures cheaper guidance, and a preference that changes.").parse_args(arguments)
+    return command.run(options, arguments, _measure, _show)
 
-    torch.set_num_threads(options.threads)
 
-    def say(line: str) -> None:
-        print(line, flush=True)
+def _measure(options: argparse.Namespace) -> Results:
+    how = (options.rounds, options.model)
+    return {"cadences": cadences(*how), "changes": changes(*how)}
 
-    results: dict[str, Any] = {
-        "date": now(),
-        "commit": commit(),
-        "machine": machine(options.threads),
-        "command": sys.argv if arguments is None else arguments,
-        "cadences": cadences(options.rounds, options.model, say),
-        "changes": changes(options.rounds, options.model, say),
-    }
-    write(options.out, results)
+
+def _show(results: Results) -> None:
+    from results import show
+
     for part in ("cadences", "changes"):
         show(part.capitalize(), list(results[part][0]), [list(point.values()) for point in results[part]])
-    print(f"results: {options.out}")
-    return 0
 
 
 if __name__ == "__main__":
