@@ -1,4 +1,6 @@
 # make demo   from a bare machine (Python 3.11 or newer, gcc) to runs/demo/report/index.html
+# make serve  what it trained and found, on loopback: HTTP and the playground at http://127.0.0.1:8000/
+#             (OPTIONS=--no-recipe: the study's own constants)
 # make test   everything that must hold: formatting, lint, types, tests
 # make fast   the tests that take seconds
 # make lint   formatting, lint and types only;  make fmt  repairs what can be repaired
@@ -6,6 +8,9 @@
 # Each starts from what is there: the environment .venv is rebuilt only when what it is made from changes.
 
 PYTHON ?= python3
+OPTIONS ?=
+STUDY ?= runs/demo
+PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,11 +24,14 @@ pip = @echo "installing $(1)"; $(BIN)/python -m pip install -qq --constraint con
 	{ status=$$?; [ $$status -ge 128 ] || rm -f $(UNFINISHED); exit $$status; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo test fast lint fmt env
+.PHONY: demo serve test fast lint fmt env
 
 demo: $(STAMP)
 	$(BIN)/python -m mage_ray.embedded
 	$(BIN)/mage-ray demo
+
+serve: $(STAMP)
+	$(BIN)/python -m deployments.local --study $(STUDY) --port $(PORT) $(OPTIONS)
 
 test: lint
 	$(BIN)/python -m pytest --durations=15

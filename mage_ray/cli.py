@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mage_ray.analysis import ANALYSES
 from mage_ray.errors import FieldError, UserError
 
 if TYPE_CHECKING:
@@ -50,15 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     takes_study(verb("demo", _demo, "Train and evaluate on the embedded model, and show three answers."), DEMO)
     takes_study(verb("train", _train, "Sample the rollout pool and train the experts."))
     takes_study(verb("values", _values, "Train explicit value models on the rollout pool, and measure them."))
-    takes_study(
-        verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
-    )
+    evaluate = verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
+    takes_study(evaluate)
+    evaluate.add_argument("--recipe", metavar="FILE", help="one more to compare: a search's recipe")
+
+    analyse = verb("analyse", _analyse, "Measure when merging and guiding work, on a trained study.")
+    analyse.add_argument("analysis", nargs="+", choices=ANALYSES, metavar="analysis", help=", ".join(ANALYSES))
+    takes_study(analyse)
+
+    search = verb("search", _search, "Search a trained study's constants by Ray Tune, and write a recipe of the best.")
+    takes_study(search)
+    begun = search.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on with a search that was cut short")
+    begun.add_argument("--fresh", action="store_true", help="forget the search that is there, and begin anew")
 
     generate = verb("generate", _generate, "Answer one prompt at a preference, as it is written.")
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
     generate.add_argument("--study", required=True, help="a trained study's folder")
     generate.add_argument("--preference", required=True, help="weights that sum to 1: helpful=0.7,short=0.3")
-    generate.add_argument("--method", default="mage-i-m", help="a decoding method (default: %(default)s)")
+    generate.add_argument(
+        "--recipe", metavar="FILE", help="a search's: its method and constants in place of the study's"
+    )
+    generate.add_argument("--method", help="a decoding method (default: the recipe's, or mage-i-m)")
     generate.add_argument("--strength", type=float, help="of the guidance (default: the study's)")
     generate.add_argument("--candidates", type=int, help="tokens that the guide ranks (default: the study's)")
     generate.add_argument("--every", type=int, default=1, help="guide the first of every so many tokens")
@@ -66,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--speculate", type=int, default=0, help="let the base propose so many tokens at a time")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     generate.add_argument("--max-new-tokens", type=int, default=200)
-    generate.add_argument("--temperature", type=float, default=0.7)
-    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--temperature", type=float, help="(default: the recipe's, or 0.7)")
+    generate.add_argument("--top-p", type=float, help="(default: the recipe's, or 1)")
     generate.add_argument("--seed", type=int, default=0)
 
     export = verb("export", _export, "Merge experts into one PEFT adapter, or into full weights.")
@@ -76,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--study", help="instead of experts: a trained study's folder")
     export.add_argument("--preference", help="with --study: the preference to merge for")
     export.add_argument("--method", help="with --study: a method of one row, such as bone-soup (default)")
+    export.add_argument("--recipe", metavar="FILE", help="with --study: a search's constants in place of the study's")
     export.add_argument("--out", required=True, metavar="DIR", help="a folder that isn't there yet")
     export.add_argument("--full", action="store_true", help="merged full weights in place of an adapter")
     export.add_argument("--model", help="with --full: the base model (default: the one that the experts name)")
@@ -106,31 +121,52 @@ def _values(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from mage_ray import jobs
 
-    jobs.evaluate(*jobs.open_study(options.study, options.folder), _console())
+    jobs.evaluate(*jobs.open_study(options.study, options.folder), _console(), options.recipe)
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.analyse(*jobs.open_study(options.study, options.folder), options.analysis, _console())
+
+
+def _search(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    study, folder = jobs.open_study(options.study, options.folder)
+    jobs.search(study, folder, _console(), resume=options.resume, fresh=options.fresh)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from mage_ray.decoding.plan import METHODS, Cadence
+    from mage_ray.decoding.methods import METHODS
+    from mage_ray.decoding.plan import Cadence
     from mage_ray.decoding.request import Sampling
+    from mage_ray.folder import StudyFolder
     from mage_ray.preference import parse_preference
-    from mage_ray.study import StudyFolder
+    from mage_ray.search.recipe import load_recipe, own_recipe
 
     # All that can be checked without loading a model is.
-    preference = parse_preference(options.preference, StudyFolder(options.study).study.objective_names)
-    if options.method not in METHODS:
-        raise FieldError("method", options.method, f"one of {', '.join(METHODS)}")
-    stop = tuple(options.stop)
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, stop)
+    study = StudyFolder(options.study).study
+    preference = parse_preference(options.preference, study.objective_names)
+    recipe = own_recipe(study, "mage-i-m") if options.recipe is None else load_recipe(options.recipe)
+    recipe.applied(study)
+    method = options.method or recipe.method
+    if method not in METHODS:
+        raise FieldError("method", method, f"one of {', '.join(METHODS)}")
+    temperature, top_p = (0.7, 1.0) if options.recipe is None else (recipe.temperature, recipe.top_p)
+    temperature = temperature if options.temperature is None else options.temperature
+    top_p = top_p if options.top_p is None else options.top_p
+    sampling = Sampling(options.max_new_tokens, temperature, top_p, options.seed, tuple(options.stop))
     cadence = Cadence(options.every, options.entropy, options.speculate)
 
     from mage_ray.generator import Generator
 
-    generator = Generator.open(options.study, rows=16)
+    generator = Generator.open(options.study, recipe=options.recipe, rows=16)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     for piece in generator.stream(
         prompt,
         preference,
-        options.method,
+        method,
         strength=options.strength,
         candidates=options.candidates,
         cadence=None if cadence.always else cadence,
@@ -148,7 +184,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.study is not None:
         if options.preference is None:
             raise FieldError("--preference", "nothing", "weights that sum to 1, as name=weight,…")
-        export_study(options.study, options.preference, options.method or "bone-soup", Path(options.out), options.full)
+        method = options.method or "bone-soup"
+        export_study(options.study, options.preference, method, Path(options.out), options.full, options.recipe)
         return
     if options.coefficients is None:
         raise FieldError("--coefficients", "nothing", f"{len(options.expert)} numbers, one for each --expert")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mage_ray.decoding.plan import plan_for
+from mage_ray.decoding.methods import plan_for
 from mage_ray.errors import FieldError, UserError
+from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup, load_experts
 from mage_ray.merging.adapter import Adapter, load_adapter, save_adapter
 from mage_ray.merging.export import merge_into, save_full, soup
 from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from mage_ray.preference import parse_preference
-from mage_ray.study import StudyFolder
+from mage_ray.search.recipe import load_recipe
 
 
 def export_experts(
@@ -27,11 +28,16 @@ def export_experts(
     write_soup(merged, out, full, model)
 
 
-def export_study(study: Path | str, preference: str, method: str, out: Path, full: bool) -> None:
-    """Merge a study's experts for a preference, by a method that runs one row. Raises FieldError or UserError."""
+def export_study(
+    study: Path | str, preference: str, method: str, out: Path, full: bool, recipe: Path | str | None = None
+) -> None:
+    """Merge a study's experts for a preference, by a method that runs one row, with the constants of a ``recipe``.
+
+    Raises FieldError or UserError.
+    """
     check_free(out)
     folder = StudyFolder(study)
-    spec = folder.study
+    spec = folder.study if recipe is None else load_recipe(recipe).applied(folder.study)
     experts = load_experts(folder, spec)
     mu = parse_preference(preference, spec.objective_names)
     plan = plan_for(method, mu, bank_setup(spec, list(experts)))

@@ -6,18 +6,21 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mage_ray.errors import UserError
-from mage_ray.study import Study, StudyFolder, load_study
+from mage_ray.folder import StudyFolder
+from mage_ray.study import Study, load_study
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mage_ray.evaluation.summary import Summary
+    from mage_ray.search.recipe import Recipe
 
 SHOWN_PROMPT = "How was your day?"
 SHOWN_TEMPERATURE = 0.4
@@ -36,13 +39,15 @@ def open_study(study: Path | str, folder: Path | str | None = None) -> tuple[Stu
         place = StudyFolder(path)
         return place.study, place
     spec = load_study(path)
-    return spec, StudyFolder.create(folder or Path("runs") / spec.name, spec)
+    place = StudyFolder.create(folder or Path("runs") / spec.name, spec)
+    return place.study, place
 
 
 def train(study: Study, folder: StudyFolder, console: Console) -> None:
-    """Sample the rollout pool and train the experts."""
+    """Sample the rollout pool and train the experts, of sets with several betas those of the best one."""
     from mage_ray.cluster import connected
     from mage_ray.progress import shown
+    from mage_ray.search.beta import choose_betas
     from mage_ray.training.experts import check_training, train_experts
     from mage_ray.training.rollouts import sample_pool
 
@@ -50,7 +55,7 @@ def train(study: Study, folder: StudyFolder, console: Console) -> None:
     with connected():
         with shown(console, "rollouts") as progress:
             sample_pool(study, folder, progress=progress)
-        train_experts(study, folder, console)
+        train_experts(choose_betas(study, folder, console), folder, console)
 
 
 def values(study: Study, folder: StudyFolder, console: Console) -> None:
@@ -62,55 +67,56 @@ def values(study: Study, folder: StudyFolder, console: Console) -> None:
     from mage_ray.cluster import connected
     from mage_ray.progress import shown
     from mage_ray.training.rollouts import sample_pool
-    from mage_ray.training.values import QUALITY, train_values, values_spec
+    from mage_ray.training.values import QUALITY, check_values, train_values
 
-    values_spec(study)
+    check_values(study)
     with connected():
         with shown(console, "rollouts") as progress:
             sample_pool(study, folder, progress=progress)
         train_values(study, folder, console)
     table = Table(title="Value models on prompts held out", title_justify="left")
     for column in (
-        "objective",
-        "share of the answer seen",
+        "value model",
+        "of the answer seen",
+        "answers",
         "rank correlation [90 %]",
         "mean squared error",
         "variance",
     ):
-        table.add_column(column, justify="left" if column == "objective" else "right")
-    for name in study.objective_names:
-        quality = json.loads((folder.value(name) / QUALITY).read_text())
-        for row in quality["by_prefix"]:
+        table.add_column(column, justify="left" if column == "value model" else "right")
+    for place in [folder.value(set, name) for set in study.values for name in study.objective_names]:
+        quality = json.loads((place / QUALITY).read_text())
+        seen = [(f"{row['seen']:.0%}", row) for row in quality["by_share"]]
+        seen += [(f"{row['seen']} tokens", row) for row in quality["by_length"]]
+        for label, row in seen:
             correlation = f"{row['correlation']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-            numbers = (f"{row['seen']:.0%}", correlation, f"{row['error']:.2f}", f"{quality['variance']:.2f}")
-            table.add_row(name, *numbers)
+            numbers = (label, f"{row['answers']}", correlation, f"{row['error']:.2f}", f"{quality['variance']:.2f}")
+            table.add_row(place.name, *numbers)
     console.print(table)
 
 
-def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
-    """Generate and score the evaluation's grid, write the report, print the table."""
+def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path | str | None = None) -> Summary:
+    """Generate and score the evaluation's grid, a recipe beside the methods; write the report, print the table."""
     from mage_ray.cluster import connected
     from mage_ray.evaluation.evaluate import evaluate_study
     from mage_ray.evaluation.report import print_table, write_report
     from mage_ray.evaluation.summary import summarise
     from mage_ray.merging.coefficients import merging_coefficients, noise_amplification
     from mage_ray.progress import shown
+    from mage_ray.search.recipe import load_recipe
 
     start = time.monotonic()
     with connected(), shown(console, "evaluation") as progress:
-        samples = evaluate_study(study, folder, progress)
-    summary = summarise(samples, study.objective_names, study.reference_point(), study.evaluation.resamples, study.seed)
+        samples = evaluate_study(study, folder, progress, None if recipe is None else load_recipe(recipe))
+    spec, names = study.evaluation, study.objective_names
+    summary = summarise(samples, names, study.reference_point(), spec.resamples, study.seed, spec.confidence)
     mix = study.training.backbones[study.guidance.base].mix(len(study.objectives))
     amplified = max(noise_amplification(merging_coefficients(mix, mu)) for mu in study.evaluation_grid())
     facts = {
         "study": study.name,
-        "model": study.model,
         "noise amplification": f"||lam||_1 of the base's soup is {amplified:.2f} at most on this grid",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "evaluation": f"{time.monotonic() - start:.0f} s in this run (cells that were there already cost nothing)",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("mage-ray", "torch", "transformers", "ray")),
+        **_facts(study),
     }
     write_report(folder.report, title=study.name, summary=summary, samples=samples, facts=facts)
     print_table(summary, console)
@@ -118,18 +124,68 @@ def evaluate(study: Study, folder: StudyFolder, console: Console) -> Summary:
     return summary
 
 
+def search(study: Study, folder: StudyFolder, console: Console, *, resume: bool = False, fresh: bool = False) -> Recipe:
+    """Search the study's constants, write the recipe of the best, and print what it gains on unseen prompts."""
+    from mage_ray.cluster import connected
+    from mage_ray.search.run import discard, search_study
+
+    start = time.monotonic()
+    if fresh:
+        discard(folder)
+    with connected():
+        recipe = search_study(study, folder, console, resume, _facts(study))
+    made = recipe.provenance
+    assert made is not None
+    console.print(f"search: {made.trials} settings in {time.monotonic() - start:.0f} s in this run", highlight=False)
+    for name, gain in made.gain.items():
+        own, ours = made.defaults[name].value, made.unseen[name].value
+        between = f"{gain.value} [{gain.low}, {gain.high}]"
+        console.print(f"{name} on unseen prompts: {ours}, defaults {own}, difference {between}", highlight=False)
+    console.print(f"recipe: {folder.recipe}", highlight=False, soft_wrap=True)
+    return recipe
+
+
+def analyse(study: Study, folder: StudyFolder, names: Sequence[str], console: Console) -> None:
+    """Run analyses of a trained study by their names, and write each into the report."""
+    from mage_ray.analysis.run import section
+    from mage_ray.analysis.sections import print_tables, write_section
+    from mage_ray.cluster import connected
+
+    with connected():
+        for name in names:
+            start = time.monotonic()
+            made = section(name, study, folder, console)
+            facts = {"analysis": f"{time.monotonic() - start:.0f} s in this run", **_facts(study)}
+            write_section(study, folder, made, facts)
+            print_tables(made.tables, console)
+    console.print(f"analyses: {folder.report / 'analyses.html'}", highlight=False, soft_wrap=True)
+
+
+def _facts(study: Study) -> dict[str, str]:
+    """What a report says of how it came about."""
+    return {
+        "model": study.model,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("mage-ray", "torch", "transformers", "ray")),
+    }
+
+
 def demo(study: Study, folder: StudyFolder, console: Console) -> None:
-    """The main job: train, evaluate, and show one prompt answered at three preferences."""
+    """The main job: train, evaluate, search, and show one prompt answered at three preferences."""
     start = time.monotonic()
     console.print(f"study folder: {folder.path}", highlight=False, soft_wrap=True)
     train(study, folder, console)
+    study = folder.study
     evaluate(study, folder, console)
+    search(study, folder, console, resume=True)
     show_axis(study, folder, console)
     console.print(f"demo: {time.monotonic() - start:.0f} s in this run", highlight=False)
 
 
 def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str = SHOWN_PROMPT) -> None:
-    """One prompt answered by MAGE-I-M at the first objective's corner, in the middle, and at the second's."""
+    """One prompt answered by the study's recipe at the first objective's corner, in the middle, and at the second's."""
     from rich.panel import Panel
     from rich.text import Text
 
@@ -139,10 +195,10 @@ def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str =
     first, second = study.objective_names[:2]
     spec = study.evaluation
     sampling = Sampling(spec.max_new_tokens, SHOWN_TEMPERATURE, spec.top_p, study.seed)
-    generator = Generator.open(folder.path)
+    generator = Generator.open(folder.path, recipe=folder.recipe)
     preferences = [{first: 1.0}, {first: 0.5, second: 0.5}, {second: 1.0}]
     requests = [generator.request(prompt, p, sampling=sampling) for p in preferences]
     console.print(Text(f"\n{prompt}", style="bold"))
     for preference, answer in zip(preferences, generator.run(requests), strict=True):
         title = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())
-        console.print(Panel(Text(answer.text), title=f"mage-i-m at {title}", title_align="left"))
+        console.print(Panel(Text(answer.text), title=f"{generator.method} at {title}", title_align="left"))

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from mage_ray.cli import main
 from mage_ray.decoding.request import Sampling
+from mage_ray.folder import StudyFolder
 from mage_ray.generator import Generator
-from mage_ray.study import StudyFolder
 
 ARGUMENTS = ["--preference", "even=0.7,short=0.3", "--max-new-tokens", "10", "--seed", "3"]
 

@@ -126,8 +126,27 @@ def cluster() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = ray.init(include_dashboard=True, dashboard_port=port, num_cpus=2, log_to_driver=False)
-    yield f"http://{context.dashboard_url}"
-    ray.shutdown()
+    try:
+        address = f"http://{context.dashboard_url}"
+        _until_jobs_are_taken(address)
+        yield address
+    finally:
+        ray.shutdown()
+
+
+def _until_jobs_are_taken(address: str, seconds: float = 120) -> None:
+    """The dashboard answers before the agent that starts jobs has come up, and then refuses them."""
+    from ray.job_submission import JobSubmissionClient
+
+    client, late = JobSubmissionClient(address), time.monotonic() + seconds
+    while True:
+        try:
+            client.submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            if time.monotonic() > late:
+                raise
+            time.sleep(0.5)
 
 
 def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: Path, cluster: str) -> None:
