@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from clusters import job_cluster
 from studies import REWARDS, tiny_study
 
 from mage_ray.generator import Generator
@@ -117,54 +116,23 @@ def check_reproduced(run: Path, shown: pd.Series) -> None:
     assert again.text == shown.completion
 
 
-@pytest.fixture
-def cluster() -> Iterator[str]:
-    """A local Ray cluster with the job API; its address."""
-    import ray
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = ray.init(include_dashboard=True, dashboard_port=port, num_cpus=2, log_to_driver=False)
-    try:
-        address = f"http://{context.dashboard_url}"
-        _until_jobs_are_taken(address)
-        yield address
-    finally:
-        ray.shutdown()
-
-
-def _until_jobs_are_taken(address: str, seconds: float = 120) -> None:
-    """The dashboard answers before the agent that starts jobs has come up, and then refuses them."""
-    from ray.job_submission import JobSubmissionClient
-
-    client, late = JobSubmissionClient(address), time.monotonic() + seconds
-    while True:
-        try:
-            client.submit_job(entrypoint="true")
-            return
-        except RuntimeError:
-            if time.monotonic() > late:
-                raise
-            time.sleep(0.5)
-
-
-def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: Path, cluster: str) -> None:
+def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: Path) -> None:
     """With a second round, too, which samples from the experts and scores what they said by the reference."""
     one_set = {"backbones": {"soup": {}}, "rounds": 2}
     guidance = {"base": "soup", "guide": "soup"}
     (place / "study.yaml").write_text(tiny_study(tiny_model_folder, training=one_set, guidance=guidance))
     root = Path(__file__).parent.parent
     entry = f"{sys.executable} jobs/train.py --study {place / 'study.yaml'} --folder {place / 'run'}"
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster, "--working-dir", "."]
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(place)}, "excludes": [".venv", "runs", ".git"]})
-    done = subprocess.run(
-        [*submit, "--runtime-env-json", environment, "--", *entry.split()],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    with job_cluster(place) as cluster:
+        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster]
+        done = subprocess.run(
+            [*submit, "--working-dir", ".", "--runtime-env-json", environment, "--", *entry.split()],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in done.stdout.lower() + done.stderr.lower()
     assert "rollouts: 24/24" in done.stdout

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clusters import READY, cluster_command, free_port
 from safetensors.torch import load_file, save_file
-from servers import Serving, free_port, serving, started
+from servers import Serving, serving, started
 from studies import trained_study
 from tiny import make_tiny_model
 
@@ -41,11 +41,5 @@ def server(study: StudyFolder, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def cluster(tmp_path: Path) -> Iterator[Serving]:
     """A Ray cluster with a dashboard, which ``serve deploy`` talks to; its ``url`` is that one's."""
     port = free_port()
-    code = (
-        "import ray, signal\n"
-        f"ray.init(include_dashboard=True, dashboard_port={port}, num_cpus=2, log_to_driver=False)\n"
-        "print('playground:', flush=True)\n"
-        "signal.pause()\n"
-    )
-    with started([sys.executable, "-c", code], f"http://127.0.0.1:{port}", tmp_path) as one:
+    with started(cluster_command(port), f"http://127.0.0.1:{port}", tmp_path, ready=READY) as one:
         yield one

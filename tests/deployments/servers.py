@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import yaml
+from clusters import free_port
 from openai import OpenAI
 
 ROOT = Path(__file__).parent.parent.parent
@@ -78,12 +78,6 @@ def until(done: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
-def free_port() -> int:
-    """One that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def answers(server: Serving) -> bool:
     """Whether it is there and well."""
     try:
@@ -107,8 +101,10 @@ def serving(
 
 
 @contextmanager
-def started(command: list[str], url: str, place: Path, **environment: str) -> Iterator[Serving]:
-    """A process that says ``playground:`` when it is ready; it is ended with all that it has started."""
+def started(
+    command: list[str], url: str, place: Path, ready: str = "playground:", **environment: str
+) -> Iterator[Serving]:
+    """A process that says ``ready`` when it is; it is ended with all that it has started."""
     log = place / f"server-{time.monotonic_ns()}.log"
     kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MAGE_RAY_API_KEYS")}
     with log.open("wb") as output:
@@ -116,7 +112,7 @@ def started(command: list[str], url: str, place: Path, **environment: str) -> It
             command, cwd=ROOT, env=kept | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        until(lambda: process.poll() is not None or "playground:" in log.read_text(), 240, "the server's start")
+        until(lambda: process.poll() is not None or ready in log.read_text(), 240, "the server's start")
         assert process.poll() is None, log.read_text()
         yield Serving(url, process, log)
     finally:

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 import yaml
 from browser import browsing, watched
+from clusters import free_port
 from playwright.sync_api import expect
-from servers import PROMPT, Serving, answers, config_of, deploy, free_port, serving, until
+from servers import PROMPT, Serving, answers, config_of, deploy, serving, until
 
 from deployments import local
 from deployments.app import build

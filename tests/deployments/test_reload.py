@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from adapters import make_adapter
-from servers import PROMPT, ROOT, Serving, answers, config_of, deploy, free_port, serving, until
+from clusters import free_port
+from servers import PROMPT, ROOT, Serving, answers, config_of, deploy, serving, until
 from test_faults import text
 
 from mage_ray.decoding.request import Sampling
