@@ -74,6 +74,20 @@ def run_shards(
     dealt = [list(shards[i::workers]) for i in range(workers)]
     streams: list[Any] = [task.remote(work, cpus, *common, share) for share in dealt]
     try:
+        follow(streams, on_progress)
+    finally:
+        for stream in streams:
+            ray.cancel(stream, force=True)
+
+
+def follow(streams: list[Any], on_progress: Callable[[int], None]) -> None:
+    """Tell ``on_progress`` each number that these streaming tasks yield; those that have ended leave the list.
+
+    Raises the UserError that a task raised, or UserError when a task died for good.
+    """
+    import ray
+
+    try:
         while streams:
             ready, _ = ray.wait(streams, num_returns=1)
             for stream in cast(Any, ready):
@@ -86,9 +100,6 @@ def run_shards(
         raise (cause if isinstance(cause, UserError) else error) from None
     except ray.exceptions.RayError as error:
         raise UserError(f"a worker was lost: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        for stream in streams:
-            ray.cancel(stream, force=True)
 
 
 def counted(progress: Progress | None, done: int, total: int) -> Callable[[int], None]:

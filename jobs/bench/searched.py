@@ -153,12 +153,15 @@ class Runs:
 
     def _search(self, place: Path, search: Mapping[str, Any]) -> float:
         from mage_ray.search import run
+        from mage_ray.search.engine import resident_engines
         from mage_ray.search.space import Space
 
         study = changed(self.study, search=search)
         folder = sharing(place, study, self.trained)
+        space = Space(study)
         began = time.time()
-        run.run_trials(Space(study), folder, None)
+        with resident_engines(study, folder, space.sets) as engines:
+            run.run_trials(space, folder, engines)
         Searched.of(began, read_records(folder))
         return began
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mage_ray.decoding.methods import Setup, compact
-from mage_ray.decoding.plan import Plan
+from mage_ray.decoding.plan import Plan, Row
 from mage_ray.decoding.request import Generation, Request, Sampling, Token
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path
@@ -110,12 +110,12 @@ def read_cells(cells: Sequence[Cell]) -> list[pd.DataFrame]:
 class CellRunner:
     """A study's model over a bank of ``sets`` and its objectives, loaded once, to generate, score and write cells.
 
-    Raises UserError, one line, for what can't be loaded.
+    A cell's own sets must be among them. Raises UserError, one line, for what can't be loaded.
     """
 
     def __init__(self, study: Study, folder: Path, sets: Sequence[str], device: str | None = None) -> None:
         place = StudyFolder(folder)
-        self._study = study
+        self._study, self._sets = study, tuple(sets)
         self._normaliser = load_normaliser(place, study)
         self._scorers = load_objectives(study)
         experts = load_experts(place, study, sets)
@@ -132,8 +132,11 @@ class CellRunner:
         draws = [(prompt, seed) for prompt in prompts for seed in study.evaluation.seeds]
         # Prompt by prompt: rows that several cells share, the reference above all, are computed once.
         asked = [(cell, prompt, seed) for prompt, seed in draws for cell in todo if prompt in cell.prompts]
+        plans = {cell.path: _over_bank(cell, self._sets, len(study.objectives)) for cell in todo}
         requests = [
-            Request(encoded[prompt], cell.plan, replace(cell.sampling, seed=draw_seed(study.seed, prompt.id, seed)))
+            Request(
+                encoded[prompt], plans[cell.path], replace(cell.sampling, seed=draw_seed(study.seed, prompt.id, seed))
+            )
             for cell, prompt, seed in asked
         ]
         tokens: list[list[Token]] = [[] for _ in requests]
@@ -148,6 +151,20 @@ class CellRunner:
             drawn, said = [asked[i][1:] for i in own], [answers[i] for i in own]
             raw_NM = score_all(self._scorers, [prompt.text for prompt, _ in drawn], [a.text for a in said])
             _write(cell, drawn, said, [scores[i] for i in own], raw_NM, self._normaliser)
+
+
+def _over_bank(cell: Cell, sets: Sequence[str], n: int) -> Plan:
+    """A cell's plan over a bank of ``sets``, each of n experts, which has the cell's own among others."""
+    if cell.sets == tuple(sets):
+        return cell.plan
+    places = [sets.index(name) * n + i for name in cell.sets for i in range(n)]
+
+    def wider(row: Row) -> Row:
+        coefficients = np.zeros(len(sets) * n)
+        coefficients[places] = row.coefficients
+        return replace(row, coefficients=tuple(coefficients.tolist()))
+
+    return replace(cell.plan, rows=tuple(map(wider, cell.plan.rows)))
 
 
 def _write(

@@ -1,14 +1,16 @@
-"""The resident engines of a search: each loads the model and the experts once, for all trials."""
+"""The resident engines of a search: each loads the model and the experts once, for all trials and the last check."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from mage_ray.cluster import Progress, counted, follow
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
 from mage_ray.folder import StudyFolder
 from mage_ray.prompts import Prompt
@@ -61,9 +63,17 @@ class ResidentEngine:
         kept = recipe.model_dump(mode="json", exclude_none=True)
         return Share(numbers, time.monotonic() - began, tokens, kept)
 
+    def write(self, cells: Sequence[Cell]) -> Iterator[int]:
+        """Write these cells, of sets among this engine's; yields 1 for every generation that ends."""
+        yield from self._runner.run(cells)
 
-def start_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> list[Any]:
-    """``search.workers`` actors that share the cluster's CPUs; one that dies comes back and does its work again."""
+
+@contextmanager
+def resident_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> Iterator[list[Any]]:
+    """``search.workers`` actors that share the cluster's CPUs; one that dies comes back and does its work again.
+
+    They are there until the block ends. Ray must be connected.
+    """
     workers = study.search.workers
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     cpus = max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
@@ -71,7 +81,25 @@ def start_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> lis
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
     engine: Any = ray.remote(ResidentEngine).options(**options)
     device = "cuda" if gpus > 0 else None
-    return [engine.remote(study, folder.path, list(sets), cpus, device) for _ in range(workers)]
+    engines = [engine.remote(study, folder.path, list(sets), cpus, device) for _ in range(workers)]
+    try:
+        yield engines
+    finally:
+        for one in engines:
+            ray.kill(one)
+
+
+def write_cells(engines: Sequence[Any], cells: Sequence[Cell], draws: int, progress: Progress | None = None) -> None:
+    """Have the cells written that aren't there yet, each of ``draws`` samples for a prompt. Raises UserError."""
+    missing = [cell for cell in cells if not cell.path.exists()]
+    total, left = (sum(len(cell.prompts) for cell in own) * draws for own in (cells, missing))
+    shares = [missing[i :: len(engines)] for i in range(len(engines))]
+    streams = [
+        engine.write.options(num_returns="streaming").remote(own)
+        for engine, own in zip(engines, shares, strict=True)
+        if own
+    ]
+    follow(streams, counted(progress, total - left, total))
 
 
 def rung_sizes(prompts: int, rungs: int) -> list[int]:

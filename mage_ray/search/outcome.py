@@ -9,13 +9,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from mage_ray.evaluation.evaluate import evaluate_cells, method_cells, recipe_cells
+from mage_ray.evaluation.cells import read_cells
+from mage_ray.evaluation.evaluate import method_cells, recipe_cells
 from mage_ray.evaluation.measures import pareto_mask
 from mage_ray.evaluation.summary import Interval, Summary, paired_difference, summarise
 from mage_ray.files import atomic_path
 from mage_ray.folder import StudyFolder
 from mage_ray.progress import shown
+from mage_ray.search.engine import write_cells
 from mage_ray.search.recipe import Provenance, Recipe, Score
 from mage_ray.search.space import Space
 from mage_ray.search.spec import METRICS
@@ -27,7 +30,13 @@ if TYPE_CHECKING:
 CHECKED = ("hypervolume", "inner_product", "controllability")
 
 
-def conclude(space: Space, folder: StudyFolder, facts: Mapping[str, str], console: Console | None = None) -> Recipe:
+def conclude(
+    space: Space,
+    folder: StudyFolder,
+    engines: Sequence[Any],
+    facts: Mapping[str, str],
+    console: Console | None = None,
+) -> Recipe:
     """Check the winner on unseen prompts, write ``recipe.yaml``, the front's recipes and the page, and return it.
 
     ``facts`` are what the page says of how it came about. Ray must be connected.
@@ -36,7 +45,7 @@ def conclude(space: Space, folder: StudyFolder, facts: Mapping[str, str], consol
 
     records = finished(read_records(folder))
     best = winners(records, space.study.search.metrics)
-    summary = check(space, folder, Recipe.model_validate(best[0]["recipe"]), console)
+    summary = check(space, folder, engines, Recipe.model_validate(best[0]["recipe"]), console)
     made = [_with_provenance(space, record, len(records), summary if i == 0 else None) for i, record in enumerate(best)]
     place = folder.search / "recipes"
     with atomic_path(place) as partial:
@@ -63,13 +72,16 @@ def winners(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> lis
     return sorted(front, key=lambda record: -signs[0] * record["scores"][metrics[0]])
 
 
-def check(space: Space, folder: StudyFolder, recipe: Recipe, console: Console | None = None) -> Summary:
+def check(
+    space: Space, folder: StudyFolder, engines: Sequence[Any], recipe: Recipe, console: Console | None = None
+) -> Summary:
     """A recipe, as ``recipe``, and the study's own constants, as their method, on the evaluation's prompts and grid."""
     study = space.study
     cells = recipe_cells(study, folder, recipe)
     cells += method_cells(study, folder, {study.search.method: study.search.method})
     with shown(console, "unseen prompts") as progress:
-        samples = evaluate_cells(study, folder, cells, progress)
+        write_cells(engines, cells, len(study.evaluation.seeds), progress)
+    samples = pd.concat(read_cells(cells), ignore_index=True)
     spec = study.evaluation
     return summarise(
         samples, study.objective_names, study.reference_point(), spec.resamples, study.seed, spec.confidence

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ def search_study(
     read. Connected to Ray. Raises UserError: a space that can't be searched, a folder that has a search already
     (without ``resume``) or another one (with it), or a search of whose trials none ended well.
     """
+    from mage_ray.search.engine import resident_engines
     from mage_ray.search.outcome import conclude
     from mage_ray.search.space import Space
 
@@ -57,11 +58,13 @@ def search_study(
     for name, scorer in load_objectives(study).items():
         objectives.probe(name, scorer)
     _claim(study, folder, resume)
-    if not (folder.search / "recipes").exists():
-        run_trials(space, folder, console)
-    elif folder.recipe.exists():
+    concluded = (folder.search / "recipes").exists()
+    if concluded and folder.recipe.exists():
         return load_recipe(folder.recipe)
-    return conclude(space, folder, facts, console)
+    with resident_engines(study, folder, space.sets) as engines:
+        if not concluded:
+            run_trials(space, folder, engines, console)
+        return conclude(space, folder, engines, facts, console)
 
 
 def _claim(study: Study, folder: StudyFolder, resume: bool) -> None:
@@ -97,25 +100,24 @@ def discard(folder: StudyFolder) -> None:
         file.unlink(missing_ok=True)
 
 
-def run_trials(space: Space, folder: StudyFolder, console: Console | None = None) -> None:
+def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], console: Console | None = None) -> None:
     """The search's trials alone, those that are missing; their reports are kept (``trial.read_records``).
 
-    Connected to Ray. Raises UserError where none ended well.
+    ``engines`` as of ``resident_engines``, of the space's sets. Connected to Ray. Raises UserError where none ended
+    well.
     """
     # Read by Ray when it is imported, or when a search begins.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    import ray
     from ray import tune
 
     from mage_ray.search import tuning
-    from mage_ray.search.engine import rung_sizes, start_engines
+    from mage_ray.search.engine import rung_sizes
     from mage_ray.search.trial import Trials, read_records
 
     spec = space.study.search
     place = folder.search / "tune"
     loggers = tuning.loggers(space.study, folder.search)
-    engines = start_engines(space.study, folder, space.sets)
     trials = Trials(
         folder=folder.path,
         engines=tuple(engines),
@@ -153,8 +155,6 @@ def run_trials(space: Space, folder: StudyFolder, console: Console | None = None
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with shown(console, "search") as progress, _polled(folder, spec.trials, progress):
         tuner.fit()
-    for engine in engines:
-        ray.kill(engine)
     records = read_records(folder)
     if all("error" in record for record in records):
         reason = records[0]["error"] if records else "Tune has started none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,7 +145,9 @@ def loggers(study: Study, place: Path) -> list[tune.Callback]:
                 import mlflow  # noqa: F401
                 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-                made.append(MLflowLoggerCallback(tracking_uri=(place / "mlflow").as_uri(), experiment_name=study.name))
+                # A database where no server is named: MLflow has given up on plain folders.
+                uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{place / 'mlflow.db'}"
+                made.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=study.name))
             else:
                 import wandb  # noqa: F401
                 from ray.air.integrations.wandb import WandbLoggerCallback

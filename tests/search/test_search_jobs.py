@@ -171,6 +171,15 @@ def check_recipe(folder: StudyFolder, tried: list[dict[str, Any]]) -> None:
     expected = HV(ref_point=-np.array(study.reference_point()))(-np.array(points))
     assert best["scores"]["hypervolume"] == pytest.approx(expected)
 
+    # So it is on the unseen prompts, which the search's own engines answered.
+    paths = sorted(folder.evaluation.glob("recipe-*.parquet"))
+    assert len(paths) == len(study.evaluation_grid())
+    for row in [next(pd.read_parquet(path).itertuples()) for path in paths]:
+        seed = draw_seed(study.seed, row.prompt_id, int(row.seed))
+        sampling = Sampling(spec.max_new_tokens, recipe["temperature"], recipe["top_p"], seed)
+        [again] = generator.generate([row.prompt], list(row.preference), sampling=sampling)
+        assert again.text == row.completion
+
 
 def test_halving_stops_the_worse_and_several_engines_share_the_work(place: Path, tiny_model_folder: Path) -> None:
     search = SEARCH | {"algorithm": "random", "rungs": 3, "trials": 8, "workers": 2, "prompts": 8}

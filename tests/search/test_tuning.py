@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,3 @@ def test_a_norm_that_no_setting_keeps_is_said(algorithm: str, monkeypatch: pytes
     monkeypatch.setattr(tuning, "_TRIES", 60)
     with pytest.raises(FieldError, match=r"^constraints: got .*60"):
         tried(tuning.searcher(space(algorithm=algorithm, max_norm=1.0)), 1)
-
-
-@pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_a_logger_that_is_not_installed_is_said(tmp_path: Path, name: str) -> None:
-    if importlib.util.find_spec(name) is not None:
-        pytest.skip(f"{name} is installed here")
-    with pytest.raises(FieldError, match=rf"search\.log_to: got {name}, allowed: .*pip install {name}"):
-        tuning.loggers(space(log_to=[name]).study, tmp_path)
