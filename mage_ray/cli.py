@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mage-ray: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mage-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        again = "--resume" if options.run is _search else "the same command"
+        print(f"mage-ray: interrupted; {again} goes on from here", file=sys.stderr)
         return 130
     return 0
 
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--coefficients", help="one number for each expert: --coefficients=1.75,-0.75")
     export.add_argument("--study", help="instead of experts: a trained study's folder")
     export.add_argument("--preference", help="with --study: the preference to merge for")
-    export.add_argument("--method", help="with --study: a method of one row, such as bone-soup (default)")
+    export.add_argument("--method", help="with --study: a method of one row (default: the recipe's, or bone-soup)")
     export.add_argument("--recipe", metavar="FILE", help="with --study: a search's constants in place of the study's")
     export.add_argument("--out", required=True, metavar="DIR", help="a folder that isn't there yet")
     export.add_argument("--full", action="store_true", help="merged full weights in place of an adapter")
@@ -184,8 +185,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.study is not None:
         if options.preference is None:
             raise FieldError("--preference", "nothing", "weights that sum to 1, as name=weight,…")
-        method = options.method or "bone-soup"
-        export_study(options.study, options.preference, method, Path(options.out), options.full, options.recipe)
+        export_study(options.study, options.preference, options.method, Path(options.out), options.full, options.recipe)
         return
     if options.coefficients is None:
         raise FieldError("--coefficients", "nothing", f"{len(options.expert)} numbers, one for each --expert")

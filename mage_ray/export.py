@@ -29,18 +29,23 @@ def export_experts(
 
 
 def export_study(
-    study: Path | str, preference: str, method: str, out: Path, full: bool, recipe: Path | str | None = None
+    study: Path | str, preference: str, method: str | None, out: Path, full: bool, recipe: Path | str | None = None
 ) -> None:
     """Merge a study's experts for a preference, by a method that runs one row, with the constants of a ``recipe``.
 
-    Raises FieldError or UserError.
+    Without a method it is the recipe's, or ``bone-soup`` where that one is guided. Raises FieldError or UserError.
     """
     check_free(out)
     folder = StudyFolder(study)
-    spec = folder.study if recipe is None else load_recipe(recipe).applied(folder.study)
+    chosen = None if recipe is None else load_recipe(recipe)
+    spec = folder.study if chosen is None else chosen.applied(folder.study)
     experts = load_experts(folder, spec)
     mu = parse_preference(preference, spec.objective_names)
-    plan = plan_for(method, mu, bank_setup(spec, list(experts)))
+    setup = bank_setup(spec, list(experts))
+    if method is None:
+        own = None if chosen is None else plan_for(chosen.method, mu, setup)
+        method = chosen.method if chosen is not None and own is not None and len(own.rows) == 1 else "bone-soup"
+    plan = plan_for(method, mu, setup)
     if len(plan.rows) != 1:
         raise FieldError("method", method, "a method of one row (rewarded-soup, bone-soup, extrapolated-soup)")
     adapters = [adapter for members in experts.values() for adapter in members]

@@ -127,13 +127,11 @@ def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path |
 def search(study: Study, folder: StudyFolder, console: Console, *, resume: bool = False, fresh: bool = False) -> Recipe:
     """Search the study's constants, write the recipe of the best, and print what it gains on unseen prompts."""
     from mage_ray.cluster import connected
-    from mage_ray.search.run import discard, search_study
+    from mage_ray.search.run import search_study
 
     start = time.monotonic()
-    if fresh:
-        discard(folder)
     with connected():
-        recipe = search_study(study, folder, console, resume, _facts(study))
+        recipe = search_study(study, folder, console, resume, fresh, _facts(study))
     made = recipe.provenance
     assert made is not None
     console.print(f"search: {made.trials} settings in {time.monotonic() - start:.0f} s in this run", highlight=False)

@@ -160,7 +160,7 @@ class Runs:
         folder = sharing(place, study, self.trained)
         space = Space(study)
         began = time.time()
-        with resident_engines(study, folder, space.sets) as engines:
+        with resident_engines(space, folder) as engines:
             run.run_trials(space, folder, engines)
         Searched.of(began, read_records(folder))
         return began

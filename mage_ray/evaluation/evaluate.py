@@ -84,7 +84,7 @@ def evaluate_cells(
     left = sum(len(cell.prompts) for cell in missing) * draws
     run_shards(
         _evaluate_shards,
-        _shards(missing, study.evaluation.workers),
+        shards_of(missing, study.evaluation.workers),
         (study, folder.path),
         workers=study.evaluation.workers,
         gpus_per_worker=study.training.gpus_per_worker,
@@ -93,7 +93,7 @@ def evaluate_cells(
     return pd.concat(read_cells(cells), ignore_index=True)
 
 
-def _shards(missing: Sequence[Cell], workers: int) -> list[list[Cell]]:
+def shards_of(missing: Sequence[Cell], workers: int) -> list[list[Cell]]:
     """Shards of like cost, each of one bank and enough to fill a batch."""
     shards = []
     for sets in dict.fromkeys(cell.sets for cell in missing):

@@ -49,7 +49,8 @@ def choose_betas(study: Study, folder: StudyFolder, console: Console | None = No
 def _try(study: Study, folder: StudyFolder, name: str, beta: float, steps: int, console: Console | None) -> Interval:
     """The hypervolume of a set's soup when it has trained so far with this beta."""
     alone = {name: study.training.backbones[name].model_copy(update={"beta": beta})}
-    guidance = study.guidance.model_copy(update={"base": name, "guide": name, "base_map": None, "guide_map": None})
+    unset = dict.fromkeys(("base_map", "guide_map", "values", "head"))
+    guidance = study.guidance.model_copy(update={"base": name, "guide": name, **unset})
     training = study.training.model_copy(update={"backbones": alone})
     early = study.model_copy(update={"training": training, "guidance": guidance, "values": {}})
     place = StudyFolder(folder.checkpoints / "early" / f"{name}-{beta:g}")

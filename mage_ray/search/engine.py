@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import Any
 import ray
 
 from mage_ray.cluster import Progress, counted, follow
+from mage_ray.errors import FieldError
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
+from mage_ray.evaluation.evaluate import shards_of
 from mage_ray.folder import StudyFolder
 from mage_ray.prompts import Prompt
 from mage_ray.search.recipe import Recipe
@@ -63,25 +66,30 @@ class ResidentEngine:
         kept = recipe.model_dump(mode="json", exclude_none=True)
         return Share(numbers, time.monotonic() - began, tokens, kept)
 
-    def write(self, cells: Sequence[Cell]) -> Iterator[int]:
-        """Write these cells, of sets among this engine's; yields 1 for every generation that ends."""
-        yield from self._runner.run(cells)
+    def write(self, shards: Sequence[Sequence[Cell]]) -> Iterator[int]:
+        """Write these cells, shard by shard; yields 1 for every generation that ends."""
+        for cells in shards:
+            yield from self._runner.run(cells)
 
 
 @contextmanager
-def resident_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> Iterator[list[Any]]:
-    """``search.workers`` actors that share the cluster's CPUs; one that dies comes back and does its work again.
+def resident_engines(space: Space, folder: StudyFolder) -> Iterator[list[Any]]:
+    """Up to ``search.workers`` actors, as many as the cluster has room for at once, that share its CPUs.
 
-    They are there until the block ends. Ray must be connected.
+    They are there until the block ends; one that dies comes back and does its work again. Ray must be connected.
+    Raises UserError where there is no room for one.
     """
-    workers = study.search.workers
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    cpus = max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
-    gpus = study.training.gpus_per_worker
+    study = space.study
+    cpus, gpus = _cpus(study.search.workers), study.training.gpus_per_worker
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf) for node in nodes)
+    if not room:
+        raise FieldError("training.gpus_per_worker", gpus, f"what a node of the cluster has, beside {cpus} CPUs")
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
     engine: Any = ray.remote(ResidentEngine).options(**options)
     device = "cuda" if gpus > 0 else None
-    engines = [engine.remote(study, folder.path, list(sets), cpus, device) for _ in range(workers)]
+    count = min(study.search.workers, int(room))
+    engines = [engine.remote(study, folder.path, space.engine_sets, cpus, device) for _ in range(count)]
     try:
         yield engines
     finally:
@@ -89,15 +97,21 @@ def resident_engines(study: Study, folder: StudyFolder, sets: Sequence[str]) -> 
             ray.kill(one)
 
 
+def _cpus(workers: int) -> int:
+    """Of each of so many engines: an equal part, on one node."""
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
+
+
 def write_cells(engines: Sequence[Any], cells: Sequence[Cell], draws: int, progress: Progress | None = None) -> None:
     """Have the cells written that aren't there yet, each of ``draws`` samples for a prompt. Raises UserError."""
     missing = [cell for cell in cells if not cell.path.exists()]
     total, left = (sum(len(cell.prompts) for cell in own) * draws for own in (cells, missing))
-    shares = [missing[i :: len(engines)] for i in range(len(engines))]
+    shards, n = shards_of(missing, len(engines)), len(engines)
     streams = [
-        engine.write.options(num_returns="streaming").remote(own)
-        for engine, own in zip(engines, shares, strict=True)
-        if own
+        engine.write.options(num_returns="streaming").remote(shards[i::n])
+        for i, engine in enumerate(engines)
+        if shards[i::n]
     ]
     follow(streams, counted(progress, total - left, total))
 

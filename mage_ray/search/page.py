@@ -160,9 +160,9 @@ def _verdict(summary: Summary, own: str, metric: str) -> str:
 
 def _constants(space: Space, recipe: Recipe, winner: Setting) -> Table:
     """What the space names, in the study and in the winner."""
-    study, named = space.study, space.study.search.space.named
+    study = space.study
     own = own_recipe(study, study.search.method)
-    single = {name: value for name, value in named.items() if isinstance(value, list) and len(value) == 1}
+    single = {name: [value] for name, value in space.single.items()}
     rows = []
     for name, allowed in (single | space.dimensions).items():
         if name.startswith("coefficients."):

@@ -39,13 +39,15 @@ def search_study(
     folder: StudyFolder,
     console: Console | None = None,
     resume: bool = False,
+    fresh: bool = False,
     facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
     """Search a trained study's space; write ``recipe.yaml``, which is returned, ``search/`` and a page of the report.
 
     With ``resume`` a search that was cut short goes on and repeats no trial that has ended; a finished one is only
-    read. Connected to Ray. Raises UserError: a space that can't be searched, a folder that has a search already
-    (without ``resume``) or another one (with it), or a search of whose trials none ended well.
+    read. With ``fresh`` one that is there is forgotten first. Connected to Ray. Raises UserError: a space that can't be
+    searched, a folder that has a search already (without ``resume``) or another one (with it), or a search of whose
+    trials none ended well.
     """
     from mage_ray.search.engine import resident_engines
     from mage_ray.search.outcome import conclude
@@ -54,26 +56,35 @@ def search_study(
     space = Space(study)
     search_prompts(study)
     load_normaliser(folder, study)
-    load_experts(folder, study, space.sets)
+    load_experts(folder, study, space.engine_sets)
     for name, scorer in load_objectives(study).items():
         objectives.probe(name, scorer)
-    _claim(study, folder, resume)
-    concluded = (folder.search / "recipes").exists()
-    if concluded and folder.recipe.exists():
+    if fresh:
+        discard(folder)
+    _claim(space, folder, resume)
+    # The recipe is written last; one that is there may be another search's.
+    best = folder.search / "recipes" / "00.yaml"
+    if best.exists() and folder.recipe.exists() and best.read_bytes() == folder.recipe.read_bytes():
         return load_recipe(folder.recipe)
-    with resident_engines(study, folder, space.sets) as engines:
-        if not concluded:
+    with resident_engines(space, folder) as engines:
+        if not best.exists():
             run_trials(space, folder, engines, console)
         return conclude(space, folder, engines, facts, console)
 
 
-def _claim(study: Study, folder: StudyFolder, resume: bool) -> None:
+def _claim(space: Space, folder: StudyFolder, resume: bool) -> None:
     """Write down what this search is, or see that the one that is there is the same. Raises FieldError."""
-    place = folder.search / "search.json"
+    study, place = space.study, folder.search / "search.json"
     ours = {
         "study": study.digest,
         "search": study.search.model_dump(mode="json", exclude={"workers", "concurrent", "log_to"}),
         "guidance": study.guidance.model_dump(mode="json"),
+        "values": {
+            name: study.values[name].model_dump(mode="json") for name in space.engine_sets if name in study.values
+        },
+        "dtype": study.dtype,
+        "grid": [list(mu) for mu in study.search_grid()],
+        "reference point": study.reference_point(),
         "evaluation": study.evaluation.model_dump(
             mode="json", include={"max_new_tokens", "temperature", "top_p", "seeds"}
         ),
@@ -109,11 +120,14 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     # Read by Ray when it is imported, or when a search begins.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Else Tune takes Ctrl-C for the end of the search, and returns as if it were complete.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray import tune
 
     from mage_ray.search import tuning
     from mage_ray.search.engine import rung_sizes
-    from mage_ray.search.trial import Trials, read_records
+    from mage_ray.search.outcome import finished
+    from mage_ray.search.trial import Trials, forget_failures, read_records
 
     spec = space.study.search
     place = folder.search / "tune"
@@ -131,9 +145,12 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
         trials.run(config)
 
     trainable = tune.with_resources(trial, _WAITING)
-    if tune.Tuner.can_restore(str(place)):
+    forget_failures(folder)
+    if tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place):
         tuner = tune.Tuner.restore(str(place), trainable, resume_errored=True)
     else:
+        # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.
+        shutil.rmtree(place, ignore_errors=True)
         halving = spec.rungs > 1
         tune_config = tune.TuneConfig(
             metric=spec.metrics[0] if halving else None,
@@ -156,8 +173,9 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     with shown(console, "search") as progress, _polled(folder, spec.trials, progress):
         tuner.fit()
     records = read_records(folder)
-    if all("error" in record for record in records):
-        reason = records[0]["error"] if records else "Tune has started none"
+    if not finished(records):
+        reasons = [record["error"] for record in records if "error" in record]
+        reason = reasons[0] if reasons else "Tune has started none"
         raise UserError(f"search: none of {len(records)} trials ended well: {reason}")
 
 

@@ -9,11 +9,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from pydantic import ValidationError
 from ray import tune
 
 from mage_ray.decoding.methods import EXPLICIT, METHODS, Setup, plan_for
 from mage_ray.decoding.plan import Plan
 from mage_ray.errors import FieldError, UserError
+from mage_ray.fields import one_line
 from mage_ray.generator import bank_setup
 from mage_ray.merging.coefficient_map import control_places, formula_map
 from mage_ray.search.recipe import Recipe, own_recipe
@@ -46,18 +48,17 @@ class Space:
             ("guide", tuple(self.study.training.backbones)),
             ("values", tuple(self.study.values)),
         ):
-            given = getattr(spec.space, field) or ([spec.method] if field == "method" else [])
-            for name in given:
+            named = [(f"search.space.{field}", name) for name in getattr(spec.space, field) or ()]
+            # The search's own method is what the winner is held against, whatever the space names.
+            for where, name in [*named, *([("search.method", spec.method)] if field == "method" else [])]:
                 if name not in allowed:
-                    where = (
-                        "search.method" if field == "method" and spec.space.method is None else f"search.space.{field}"
-                    )
                     raise FieldError(where, name, f"one of {', '.join(allowed) or 'none: the study has none'}")
         for field in _PER_OBJECTIVE:
             given = getattr(spec.space, field)
             for name in given if isinstance(given, dict) else ():
                 if name not in self.study.objectives:
                     raise FieldError(f"search.space.{field}.{name}", name, f"one of {', '.join(self.study.objectives)}")
+        self._check_values()
         self._check_each_matters()
 
     @property
@@ -87,11 +88,19 @@ class Space:
         """The dimensions as Tune's domains."""
         return {name: _domain(value, whole=name == "candidates") for name, value in self.dimensions.items()}
 
+    @cached_property
+    def single(self) -> dict[str, Any]:
+        """What is no dimension, since the space has one value for it, and that value."""
+        named = self.study.search.space.named
+        return {name: value[0] for name, value in named.items() if isinstance(value, list) and len(value) == 1}
+
     def recipe(self, config: Config) -> Recipe:
-        """The constants at a point of the space; those that it doesn't turn are the study's."""
+        """The constants at a point of the space; those that it doesn't turn are the study's.
+
+        Raises UserError for constants that don't go together.
+        """
         study, space = self.study, self.study.search.space
-        single = {name: value[0] for name, value in space.named.items() if isinstance(value, list) and len(value) == 1}
-        given = single | dict(config)
+        given = self.single | dict(config)
         method = given.pop("method", study.search.method)
         temperature = given.pop("temperature", study.evaluation.temperature)
         guidance = study.guidance.model_dump()
@@ -111,7 +120,10 @@ class Space:
             for of in space.coefficients.of:
                 guidance[f"{of}_map"] = self._map(of, method, guidance, given).model_dump()
         own_constants = own_recipe(study, method).model_dump()
-        return Recipe.model_validate(own_constants | {"guidance": guidance, "temperature": temperature})
+        try:
+            return Recipe.model_validate(own_constants | {"guidance": guidance, "temperature": temperature})
+        except ValidationError as error:
+            raise one_line(error, Recipe, "search.space") from None
 
     def _map(self, of: str, method: str, guidance: Mapping[str, Any], config: Config) -> MapSpec:
         """The formula's control points for the set that is base or guide, moved as the config says."""
@@ -129,13 +141,24 @@ class Space:
     def sets(self) -> list[str]:
         """Those whose experts its plans may draw on."""
         study, space = self.study, self.study.search.space
-        methods = space.method or [study.search.method]
-        wanted = {*(space.base or [study.guidance.base]), *(space.guide or [study.guidance.guide])}
+        base, guide = space.base or [study.guidance.base], space.guide or [study.guidance.guide]
+        return self._drawn_on(space.method or [study.search.method], [*base, *guide], space.values)
+
+    @cached_property
+    def engine_sets(self) -> list[str]:
+        """``sets``, and those that the study's own constants draw on, which the winner is held against."""
+        own = self.study.guidance
+        wanted = {*self.sets, *self._drawn_on([self.study.search.method], [own.base, own.guide], None)}
+        return [name for name in (*self.study.training.backbones, *self.study.values) if name in wanted]
+
+    def _drawn_on(self, methods: Sequence[str], backbones: Sequence[str], values: Sequence[str] | None) -> list[str]:
+        study = self.study
+        wanted = {*backbones}
         if {"rewarded-soup", "mod"}.intersection(methods):
             n = len(study.objectives)
             wanted |= {name for name, spec in study.training.backbones.items() if (spec.mix(n) == _eye(n)).all()}
         if set(methods) & set(EXPLICIT):
-            wanted |= {*(space.values or [str(study.value_set)])}
+            wanted |= {*(values or [str(study.value_set)])}
         return [name for name in (*study.training.backbones, *study.values) if name in wanted]
 
     def setup(self, recipe: Recipe) -> Setup:
@@ -149,13 +172,13 @@ class Space:
 
     def excess(self, config: Config) -> float:
         """By how much a config breaks what the study asks of one: at most 0 for one that may be tried."""
-        recipe = self.recipe(config)
+        limit = self.study.search.max_norm
         try:
+            recipe = self.recipe(config)
             setup = self.setup(recipe)
+            return -1.0 if limit is None else self._norm(recipe, setup) - limit
         except UserError:  # constants that don't go together, a head that these value models don't have
             return math.inf
-        limit = self.study.search.max_norm
-        return -1.0 if limit is None else self._norm(recipe, setup) - limit
 
     def _norm(self, recipe: Recipe, setup: Setup) -> float:
         """A bound of ``||lam||_1`` over all preferences, of the base and of the guide."""
@@ -171,30 +194,44 @@ class Space:
     @cached_property
     def defaults(self) -> dict[str, Any] | None:
         """The study's own constants as a point of the space; None where they are outside."""
-        study, found = self.study, {}
-        guidance = study.guidance
-        for name, allowed in self.dimensions.items():
-            field, _, objective = name.partition(".")
-            value: Any
-            if field == "method":
-                value = study.search.method
-            elif field == "temperature":
-                value = study.evaluation.temperature
-            elif field == "coefficients":
-                value = 0.0
-            elif field == "values":
-                value = study.value_set
-            elif field == "head":
-                value = guidance.head or (study.value_spec.head if study.value_spec is not None else None)
-            else:
-                plain = study.search.method == "extrapolated-soup" or field != "extrapolation"
-                value = getattr(guidance, field if plain else "base_extrapolation")
-                if isinstance(value, dict):
-                    value = value.get(objective, 0.0) if objective else None
-            if value is None or not _holds(allowed, value):
-                return None
-            found[name] = value
+        found = {name: self._own(name) for name in self.dimensions}
+        if any(value is None or not _holds(self.dimensions[name], value) for name, value in found.items()):
+            return None
+        # A space may also have one value for a constant, which needn't be the study's.
+        if any(self._own(name) != value for name, value in self.single.items()):
+            return None
         return found if self.excess(found) <= 0 else None
+
+    def _own(self, name: str) -> Any:
+        """The study's own value of a dimension; None where it has no single one."""
+        study, guidance = self.study, self.study.guidance
+        field, _, objective = name.partition(".")
+        if field == "method":
+            return study.search.method
+        if field == "temperature":
+            return study.evaluation.temperature
+        if field == "coefficients":
+            return 0.0
+        if field == "values":
+            return study.value_set
+        if field == "head":
+            return guidance.head or (study.value_spec.head if study.value_spec is not None else None)
+        plain = study.search.method == "extrapolated-soup" or field != "extrapolation"
+        value = getattr(guidance, field if plain else "base_extrapolation")
+        if isinstance(value, dict):
+            return value.get(objective, 0.0) if objective else None
+        return value
+
+    def _check_values(self) -> None:
+        """Raises FieldError for a value, the ends of ranges among them, that its constant may not have."""
+        for name, value in (self.dimensions | {name: [one] for name, one in self.single.items()}).items():
+            for one in _values(value):
+                try:
+                    self.recipe({name: one})
+                except UserError as error:
+                    field = f"search.space.{name.split('.')[0]}"
+                    allowed = error.allowed if isinstance(error, FieldError) else str(error)
+                    raise FieldError(field, one, allowed) from None
 
     def _check_each_matters(self) -> None:
         """Raises FieldError for a dimension along which no plan changes: its method doesn't know that constant."""
@@ -240,7 +277,10 @@ def _far(value: RangeSpec | list[Any]) -> Any:
 
 
 def _holds(allowed: RangeSpec | list[Any], value: Any) -> bool:
-    return allowed.low <= value <= allowed.high if isinstance(allowed, RangeSpec) else value in allowed
+    if isinstance(allowed, list):
+        return value in allowed
+    on_step = allowed.step is None or abs(value / allowed.step - round(value / allowed.step)) <= 1e-9
+    return allowed.low <= value <= allowed.high and on_step
 
 
 def _domain(value: RangeSpec | list[Any], whole: bool) -> Any:

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SHARE = "share"
+"""What a trial reports its rung by: successive halving halves wherever it doubles."""
+
+
+def share_of(rung: int) -> int:
+    """How many times the first rung's share of the prompts a rung (from 1) has."""
+    return int(2 ** (rung - 1))
+
+
 @dataclass(frozen=True)
 class Share:
     """An engine's part of a setting: its samples' numbers, and what it took to make those that weren't there yet."""
@@ -68,7 +77,7 @@ class Trials:
         for rung, prompts in enumerate(self.rungs, start=1):
             if known is not None and known["rung"] >= rung:
                 if known["rung"] == rung:
-                    tune.report(known["scores"])
+                    tune.report(known["scores"] | {SHARE: share_of(rung)})
                 continue
             submitted = time.monotonic()
             shares = self._shares(config, prompts)
@@ -84,7 +93,7 @@ class Trials:
             kept["recipe"] = shares[0].recipe
             # Before Tune hears of it: what it hears of is never lost.
             _keep(path, {**record, **kept})
-            tune.report(found)
+            tune.report(found | {SHARE: share_of(rung)})
 
     def _shares(self, config: Mapping[str, Any], prompts: int) -> list[Share]:
         """The setting's samples on so many prompts, from all engines."""
@@ -120,6 +129,13 @@ def record_path(folder: StudyFolder, config: Mapping[str, Any]) -> Path:
     """Where a setting's last report is kept."""
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()[:12]
     return folder.search / "trials" / f"{digest}.json"
+
+
+def forget_failures(folder: StudyFolder) -> None:
+    """Delete the reports of trials that failed: they are run again."""
+    for path in (folder.search / "trials").glob("*.json"):
+        if "error" in json.loads(path.read_text()):
+            path.unlink()
 
 
 def read_records(folder: StudyFolder) -> list[dict[str, Any]]:

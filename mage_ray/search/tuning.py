@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,11 +19,13 @@ from ray.tune.search import Searcher
 from mage_ray.errors import FieldError
 from mage_ray.folder import StudyFolder
 from mage_ray.search.pymoo_search import PymooSearch
-from mage_ray.search.saved import agree
+from mage_ray.search.saved import agree, saved_trials
 from mage_ray.search.space import Space
 from mage_ray.search.spec import METRICS
-from mage_ray.search.trial import read_records
+from mage_ray.search.trial import SHARE, read_records, share_of
 from mage_ray.study import Study
+
+_log = logging.getLogger("mage_ray")
 
 _TRIES = 10_000
 """Settings in a row that may break a constraint before the search is given up."""
@@ -80,14 +84,22 @@ class Feasible(Searcher):
     def __init__(self, searcher: Searcher, excess: Callable[[Mapping[str, Any]], float]) -> None:
         super().__init__(searcher.metric, searcher.mode)
         self._searcher, self._excess = searcher, excess
+        self._at_most: float = math.inf
         self._ids: dict[str, str] = {}
         """What the other searcher calls each trial."""
         self._ended: set[str] = set()
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        # Tune's limiter would count trials that a kill has lost for ever; here they are brought into agreement.
+        self._at_most = max_concurrent
+        return True
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return self._searcher.set_search_properties(metric, mode, config, **spec)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if len(self._ids.keys() - self._ended) >= self._at_most:
+            return None
         for attempt in range(_TRIES):
             own = trial_id if attempt == 0 else f"{trial_id}-{attempt}"
             config = self._searcher.suggest(own)
@@ -131,9 +143,8 @@ def scheduler(study: Study) -> TrialScheduler:
     spec = study.search
     if spec.rungs == 1:
         return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr="training_iteration", max_t=spec.rungs, grace_period=1, reduction_factor=2, brackets=1
-    )
+    last = share_of(spec.rungs)
+    return ASHAScheduler(time_attr=SHARE, max_t=last, grace_period=1, reduction_factor=2, brackets=1)
 
 
 def loggers(study: Study, place: Path) -> list[tune.Callback]:
@@ -158,6 +169,21 @@ def loggers(study: Study, place: Path) -> list[tune.Callback]:
                 "search.log_to", name, f"loggers whose package is installed (pip install {name})"
             ) from None
     return made
+
+
+def is_readable(space: Space, place: Path) -> bool:
+    """Whether what a search that was killed has left in ``place`` can be gone on with.
+
+    Tune writes its files in place: a kill may leave half of one.
+    """
+    if saved_trials(str(place)) is None:
+        return False
+    try:
+        searcher(space).restore_from_dir(str(place))
+    except Exception as error:  # Optuna's is a pickle, of which half can fail in any way
+        _log.warning("the search's saved state is damaged and is left aside: %s", " ".join(str(error).split())[:200])
+        return False
+    return True
 
 
 class GivesUp(tune.Stopper):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,13 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def searching(place: Path, *options: str) -> subprocess.Popen[str]:
+def searching(place: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "mage_ray", "search", "--study", str(place / "run"), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(place), "COLUMNS": "120"},
+        env=os.environ | {"PYTHONPATH": str(place), "COLUMNS": "120"} | environment,
         start_new_session=True,
     )
 
@@ -86,17 +88,27 @@ def files(place: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (place / "run/search/cells").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("algorithm", ["nsga2", "optuna"])
-def test_a_killed_search_goes_on_and_repeats_nothing(
-    place: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, left_over: None, algorithm: str
+@pytest.mark.parametrize(("algorithm", "end"), [("nsga2", signal.SIGKILL), ("optuna", signal.SIGINT)])
+def test_a_search_that_was_cut_short_goes_on_and_repeats_nothing(
+    place: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left_over: None,
+    algorithm: str,
+    end: signal.Signals,
 ) -> None:
     monkeypatch.setenv("MAGE_RAY_TEST", str(os.getpid()))
     folder = trained_study(place / "run", tiny_model_folder, search=SEARCH | {"algorithm": algorithm})
     begun = searching(place)
     when(begun, lambda: len(records(place)) >= 4)
-    os.killpg(begun.pid, signal.SIGKILL)
-    begun.wait()
-    before = {json.dumps(record["config"]): record for record in records(place)}
+    if end == signal.SIGINT:
+        begun.send_signal(end)
+        assert "interrupted; --resume goes on from here" in ended(begun, 130)
+        assert not folder.recipe.exists()
+    else:
+        os.killpg(begun.pid, end)
+        begun.wait()
+    before = {json.dumps(record["config"]): record for record in records(place) if "error" not in record}
     samples = files(place)
 
     # Neither silently over what is there, nor as another search.
@@ -109,12 +121,12 @@ def test_a_killed_search_goes_on_and_repeats_nothing(
     folder.study_file.write_text(text)
 
     resumed = searching(place, "--resume")
-    # And one of the engines' processes, and one of Tune's, are killed while it goes on.
-    engine = when(resumed, lambda: [p for p in psutil.process_iter(["cmdline"]) if _is(p, "ResidentEngine")])[0]
+    # And one of its engines' processes, and one of Tune's, are killed while it goes on.
+    engine = when(resumed, lambda: workers_of(resumed, "ResidentEngine"))[0]
     when(resumed, lambda: len(records(place)) > len(before))
+    trial = when(resumed, lambda: workers_of(resumed, "ImplicitFunc"))[0]
     engine.kill()
-    for trial in [p for p in psutil.process_iter(["cmdline"]) if _is(p, "ImplicitFunc")][:1]:
-        trial.kill()
+    trial.kill()
     output = ended(resumed)
 
     after = {json.dumps(record["config"]): record for record in records(place)}
@@ -130,16 +142,22 @@ def test_a_killed_search_goes_on_and_repeats_nothing(
     check_recipe(folder, list(after.values()))
     assert "hypervolume on unseen prompts" in output and str(folder.recipe) in output
     # What has ended is only read.
-    recipe = folder.recipe.read_bytes()
+    recipe, samples = folder.recipe.read_bytes(), files(place)
     ended(searching(place, "--resume"))
-    assert folder.recipe.read_bytes() == recipe and files(place).keys() == files(place).keys()
+    assert folder.recipe.read_bytes() == recipe and files(place) == samples
     events = list((folder.search / "tune").rglob("events.out.tfevents*"))
     assert len(events) >= SEARCH["trials"] - len(before)
     assert any(b"hypervolume" in path.read_bytes() for path in events)
 
 
-def _is(process: psutil.Process, name: str) -> bool:
-    return any(name in part for part in process.info["cmdline"] or [])
+def workers_of(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The workers of a driver's own cluster whose command line has this name."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def check_recipe(folder: StudyFolder, tried: list[dict[str, Any]]) -> None:
@@ -218,20 +236,60 @@ def test_several_metrics_end_in_a_front_of_recipes(place: Path, tiny_model_folde
     )
 
 
-def test_an_objective_that_always_fails_ends_the_search_with_its_reason(place: Path, tiny_model_folder: Path) -> None:
+def test_an_objective_that_always_fails_ends_the_search_until_it_is_mended(
+    place: Path, tiny_model_folder: Path
+) -> None:
     objectives = {
         "even": {"type": "function", "path": "rewards:nan_at_last", "direction": "maximise", "low": 0, "high": 1},
         "short": {"type": "brevity"},
     }
-    folder = trained_study(place / "run", tiny_model_folder, search=SEARCH | {"trials": 50}, objectives=objectives)
+    folder = trained_study(place / "run", tiny_model_folder, search=SEARCH | {"trials": 12}, objectives=objectives)
     output = ended(searching(place), 2)
     assert "trials ended well: " in output and "even" in output.splitlines()[-1]
-    assert 3 <= len(records(place)) < 12  # and doesn't go on through all fifty
+    assert 3 <= len(records(place)) < 12  # and doesn't go on through all of them
     assert not folder.recipe.exists()
-    # What is wrong is mended, and it goes on.
     (place / "rewards.py").write_text(REWARDS.replace("math.nan if len(completions) > 1 else 0.5", "0.25"))
-    changed = yaml.safe_load(folder.study_file.read_text())
-    assert changed["search"]["trials"] == 50
+    ended(searching(place, "--resume"))
+    after = records(place)
+    assert len(after) == 12 and all("error" not in record for record in after)
+    assert folder.recipe.exists()
+
+
+def test_a_damaged_state_of_tune_costs_no_trial(place: Path, tiny_model_folder: Path) -> None:
+    """A kill while Tune writes it may leave half a file; the trials' own reports are whole."""
+    space = {"base": ["soup"], "strength": {"low": 0, "high": 3}}  # the defaults' base is another one
+    search = SEARCH | {"trials": 5, "prompts": 2, "space": space}
+    folder = trained_study(place / "run", tiny_model_folder, search=search)
+    ended(searching(place))
+    before, recipe = records(place), yaml.safe_load(folder.recipe.read_text())
+    assert recipe["guidance"]["base"] == "soup" and len(before) == 5
+    shutil.rmtree(folder.search / "recipes")
+    state = max((folder.search / "tune").glob("searcher-state-*.json"))
+    state.write_text(state.read_text()[:-40])
+    ended(searching(place, "--resume"))
+    assert records(place) == before
+    assert yaml.safe_load(folder.recipe.read_text())["guidance"] == recipe["guidance"]
+
+
+def test_a_search_outlives_a_node(place: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(place))  # the nodes' workers have it from here
+    trained_study(place / "run", tiny_model_folder, search=SEARCH | {"workers": 2, "trials": 6})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        searched = searching(place, RAY_ADDRESS=cluster.address)
+        when(searched, lambda: len(records(place)) >= 2)
+        cluster.add_node(num_cpus=1)
+        cluster.remove_node(lost, allow_graceful=False)
+        before = {record["trial"]: record for record in records(place) if "error" not in record}
+        ended(searched)
+    finally:
+        cluster.shutdown()
+    after = {record["trial"]: record for record in records(place)}
+    assert len(after) == 6 and all("error" not in record for record in after.values())
+    assert after.items() >= before.items()
 
 
 def test_constraints_that_nobody_satisfies_end_it_at_once(place: Path, tiny_model_folder: Path) -> None:

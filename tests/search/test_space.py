@@ -81,8 +81,24 @@ def test_the_studys_own_constants_are_a_point_where_the_space_holds_them() -> No
         for row, other in zip(got.rows, wanted.rows, strict=True):
             np.testing.assert_allclose(row.coefficients, other.coefficients, atol=1e-9)
         np.testing.assert_allclose(got.weights, wanted.weights, atol=1e-9)
-    assert Space(study(space={"strength": {"low": 2, "high": 3}})).defaults is None
-    assert Space(study(space={"candidates": [5, 10]})).defaults is None
+    for outside in (
+        {"strength": {"low": 2, "high": 3}},
+        {"candidates": [5, 10]},
+        {"candidates": {"low": 8, "high": 64, "step": 8}},  # 50 is no multiple of 8
+        {"strength": {"low": 0, "high": 3}, "base": ["soup"]},
+        {"extrapolation": {"low": 0, "high": 1}, "method": ["bone-soup"]},
+    ):
+        assert Space(study(space=outside)).defaults is None
+    stepped = Space(study(space={"candidates": {"low": 10, "high": 60, "step": 10}, "base": ["bone"]}))
+    assert stepped.defaults == {"candidates": 50}
+
+
+def test_engines_hold_what_the_winner_is_held_against_too() -> None:
+    space = Space(study(space={"base": ["soup"], "strength": {"low": 0, "high": 3}}))
+    assert space.sets == ["soup"] and space.engine_sets == ["bone", "soup"]
+    explicit = tiny_study(Path("/x"), values={"q": {}, "v": {}}, search={"method": "mage-e-m", "space": {
+        "method": ["mage-i-m"], "strength": {"low": 0, "high": 3}}})  # fmt: skip
+    assert Space(parse_study(explicit)).engine_sets == ["bone", "soup", "q"]
 
 
 @settings(deadline=None, max_examples=15)
@@ -112,6 +128,10 @@ def test_what_is_within_the_norm_stays_within_it_at_every_preference(seed: int, 
         ({"space": {"strength": [1.0], "candidates": [5]}}, "search.space: got nothing to turn"),
         ({"method": "nope"}, "search.method: got nope, allowed: one of reference"),
         ({"method": "mage-e-m"}, "search.method: got mage-e-m, allowed: one of reference"),
+        ({"method": "nope", "space": {"method": ["bone-soup", "mage-i-m"]}}, "search.method: got nope, allowed"),
+        ({"space": {"strength": {"low": -1, "high": 2}}}, "search.space.strength: got -1.0, allowed: greater than"),
+        ({"space": {"entropy": {"low": -1, "high": 2}}}, "search.space.entropy: got -1.0, allowed: greater than"),
+        ({"space": {"temperature": {"low": -0.5, "high": 1}}}, "search.space.temperature: got -0.5, allowed: greater"),
         ({"space": {"method": ["bone-soup", "foo"]}}, "search.space.method: got foo"),
         ({"space": {"base": ["bone", "x"]}}, "search.space.base: got x, allowed: one of bone, soup"),
         ({"space": {"values": ["v", "w"]}}, "search.space.values: got v, allowed: one of none"),
@@ -126,6 +146,12 @@ def test_an_empty_or_contradictory_space_is_one_line(search: dict[str, Any], mes
     with pytest.raises(UserError) as caught:
         Space(study(**search))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_constants_that_do_not_go_together_are_one_line() -> None:
+    text = tiny_study(Path("/x"), guidance={"speculate": 4}, search={"space": {"every": [1, 2]}})
+    with pytest.raises(FieldError, match=r"^search\.space\.every: got 2, allowed: [^\n]*$"):
+        Space(parse_study(text))
 
 
 def test_value_heads_that_do_not_exist_are_not_tried() -> None:

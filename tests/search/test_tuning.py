@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from studies import tiny_study
 
 from mage_ray.errors import FieldError
 from mage_ray.search import tuning
 from mage_ray.search.space import Space
+from mage_ray.search.trial import SHARE, share_of
 from mage_ray.study import parse_study
 
 SPACE: dict[str, Any] = {
@@ -73,3 +76,44 @@ def test_a_norm_that_no_setting_keeps_is_said(algorithm: str, monkeypatch: pytes
     monkeypatch.setattr(tuning, "_TRIES", 60)
     with pytest.raises(FieldError, match=r"^constraints: got .*60"):
         tried(tuning.searcher(space(algorithm=algorithm, max_norm=1.0)), 1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_more_trials_are_out_than_may_be_at_once(algorithm: str) -> None:
+    searcher = tuning.searcher(space(algorithm=algorithm))
+    assert searcher.set_max_concurrency(2)
+    assert searcher.suggest("a") and searcher.suggest("b") and searcher.suggest("c") is None
+    searcher.on_trial_complete("a", {"hypervolume": 1.0})
+    assert searcher.suggest("c")
+
+
+def test_the_worse_half_stops_at_every_rung() -> None:
+    scheduler: Any = tuning.scheduler(space(rungs=4, prompts=8).study)
+    scheduler.set_search_properties("hypervolume", "max")
+    trials = [SimpleNamespace(trial_id=str(i)) for i in range(8)]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+
+    def goes_on(trial: SimpleNamespace, rung: int, hypervolume: float) -> bool:
+        result = {"hypervolume": hypervolume, SHARE: share_of(rung)}
+        return bool(scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE)
+
+    for rung in (1, 2, 3):
+        # The best reports first: who is among the better half when it reports goes on.
+        left = [trial for i, trial in enumerate(trials) if goes_on(trial, rung, 8.0 - i)]
+        assert left[0] is trials[0] and len(left) < len(trials)
+        trials = left if len(left) > 1 else trials
+    assert not goes_on(trials[0], 4, 9.0)  # it has seen all prompts
+
+
+def test_a_trial_that_comes_back_reports_at_its_own_rung() -> None:
+    """After a resume its first report is of the rung that it had reached, on more prompts than the others'."""
+    scheduler: Any = tuning.scheduler(space(rungs=3, prompts=8).study)
+    scheduler.set_search_properties("hypervolume", "max")
+    one, other = (SimpleNamespace(trial_id=name) for name in "ab")
+    for trial in (one, other):
+        scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, one, {"hypervolume": 9.0, SHARE: share_of(2)})
+    # On fewer prompts nobody has reported yet: 1.0 is the best there.
+    result = {"hypervolume": 1.0, SHARE: share_of(1)}
+    assert scheduler.on_trial_result(None, other, result) == TrialScheduler.CONTINUE
