@@ -1,4 +1,4 @@
-"""Trials as MLflow and W&B keep them: read back by their own clients."""
+"""Trials as MLflow keeps them, read back by its own client; and loggers that are not there."""
 
 from __future__ import annotations
 
