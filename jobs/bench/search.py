@@ -47,9 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--study", type=Path, default=Path("runs/demo"), help="a trained study (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="what is kept for another run (default: beside the results)")
     parser.add_argument("--threads", type=whole(1), default=2, help="torch threads, and Ray's CPUs (default: 2)")
-    parser.add_argument(
-        "--pymoo", choices=("nsga2", "cmaes", "de"), default="nsga2", help="(default: the search's own)"
-    )
+    parser.add_argument("--pymoo", choices=("nsga2", "cmaes", "de"), default="nsga2", help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="all code paths; the figures mean nothing")
     for name, (full, quick, what) in SIZES.items():
         text = f"{what} (default: {full}, {quick} with --quick)"

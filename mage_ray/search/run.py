@@ -146,7 +146,9 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
 
     trainable = tune.with_resources(trial, _WAITING)
     forget_failures(folder)
-    if tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place):
+    # A search that was given up has no reports left, and Tune takes it for an ended one.
+    going_on = read_records(folder) and tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place)
+    if going_on:
         tuner = tune.Tuner.restore(str(place), trainable, resume_errored=True)
     else:
         # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.

@@ -92,7 +92,8 @@ class SearchSpec(Part):
     )
     method: str = "mage-i-m"
     """Where the space names none."""
-    algorithm: Literal["nsga2", "cmaes", "de", "optuna", "random"] = "nsga2"
+    algorithm: Literal["nsga2", "cmaes", "de", "optuna", "random"] = "optuna"
+    """Of several metrics ``nsga2`` unless given. For one: jobs/bench/results/README.md."""
     metrics: list[Literal["hypervolume", "inner_product", "controllability", "cost"]] = Field(
         default=["hypervolume"], min_length=1
     )
@@ -117,6 +118,14 @@ class SearchSpec(Part):
     """Trials at once, which share the engines."""
     log_to: list[Literal["mlflow", "wandb"]] = Field(default_factory=list)
     """Beside TensorBoard's files, which are always written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_metrics(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "algorithm" not in given:
+            several = isinstance(metrics := given.get("metrics"), list) and len(metrics) > 1
+            return given | {"algorithm": "nsga2" if several else "optuna"}
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpec:

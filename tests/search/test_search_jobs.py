@@ -258,7 +258,7 @@ def test_an_objective_that_always_fails_ends_the_search_until_it_is_mended(
 def test_a_damaged_state_of_tune_costs_no_trial(place: Path, tiny_model_folder: Path) -> None:
     """A kill while Tune writes it may leave half a file; the trials' own reports are whole."""
     space = {"base": ["soup"], "strength": {"low": 0, "high": 3}}  # the defaults' base is another one
-    search = SEARCH | {"trials": 5, "prompts": 2, "space": space}
+    search = SEARCH | {"algorithm": "nsga2", "trials": 5, "prompts": 2, "space": space}
     folder = trained_study(place / "run", tiny_model_folder, search=search)
     ended(searching(place))
     before, recipe = records(place), yaml.safe_load(folder.recipe.read_text())
