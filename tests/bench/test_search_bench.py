@@ -38,7 +38,6 @@ from mage_ray.errors import UserError  # noqa: E402
 from mage_ray.folder import StudyFolder  # noqa: E402
 from mage_ray.search.recipe import own_recipe  # noqa: E402
 from mage_ray.search.space import Space  # noqa: E402
-from mage_ray.search.spec import SearchSpec  # noqa: E402
 from mage_ray.training.rollouts import search_prompts, study_prompts  # noqa: E402
 
 
