@@ -125,7 +125,12 @@ class Service:
         setup = self._setup.given(setting.strength, setting.candidates)
         plan = plan_for(setting.method, setting.preference, setup)
         guides = self.options.workers - 1
-        return plan.placed(lambda i: 0 if i == 0 or guides == 0 else 1 + (i - 1) % guides)
+        if self._guides is None:
+            away = list(range(1, len(plan.rows)))
+        else:  # The guides have another bank: what is over this one's experts stays here.
+            away = [i for i, row in enumerate(plan.rows) if row.home > 0]
+        home = {i: 1 + n % guides for n, i in enumerate(away)} if guides else {}
+        return plan.placed(lambda i: home.get(i, 0))
 
     def _setting(self, asked: Asked) -> tuple[Setting, tuple[tuple[int, Setting], ...]]:
         """What a request asks for, and what it wants changed later on. Raises FieldError, or ApiError 404."""
