@@ -45,6 +45,7 @@ class Actors:
         self.name = name
         self._parts, self._options = list(parts), options
         self._members: list[Member | None] = [None] * len(parts)
+        self._met = False
 
     @property
     def leader(self) -> Any:
@@ -63,13 +64,14 @@ class Actors:
     async def together(self) -> None:
         """Have all members alive, in one new group, with a new engine at its head.
 
-        Raises UserError for what no new try can mend, and Lost, or an error of Ray's, for the rest.
+        Raises UserError for what no new try can mend, and Lost, or an error of Ray's, for the rest. What a worker can't
+        load is final only at first: a gang that has been together had it all, and will again.
         """
         for place, member in enumerate(self._members):
             if member is None:
                 self._members[place] = self._make(place)
         members = [member for member in self._members if member is not None]
-        facts = await _all([member.actor.load.remote() for member in members], _LOADING_SECONDS)
+        facts = await _all([member.actor.load.remote() for member in members], _LOADING_SECONDS, final=not self._met)
         for member, said in zip(members, facts, strict=True):
             member.facts = said
         if len({said.vocabulary for said in facts}) > 1:
@@ -87,6 +89,7 @@ class Actors:
         await _all(joins, wait)
         await _all([member.actor.follow.remote(backend) for member in members[1:]], wait)
         await _all([self.leader.lead.remote(size - 1, backend, seconds, options.queue, options.chunk)], wait)
+        self._met = True
 
     def _own_gpus(self, facts: Sequence[WorkerFacts]) -> bool:
         whole = all(amount >= 1 for amount in (self._options.gpus, self._options.guide_gpus))
@@ -142,12 +145,15 @@ def new_name() -> str:
     return uuid.uuid4().hex[:12]
 
 
-async def _all(refs: Sequence[Any], seconds: float) -> list[Any]:
-    """The results. Raises the UserError that one raised, Lost when they take too long, or Ray's own error."""
+async def _all(refs: Sequence[Any], seconds: float, final: bool = False) -> list[Any]:
+    """The results. Raises Lost when they take too long or one raised, or Ray's own error of a worker that is gone.
+
+    With ``final`` a UserError that one raised stays what it is.
+    """
     futures = [asyncio.wrap_future(ref.future()) for ref in refs]
     try:
         return await asyncio.wait_for(asyncio.gather(*futures), seconds)
     except TimeoutError:
         raise Lost("a worker takes too long") from None
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else Lost(str(error.cause))) from None
+        raise (error.cause if final and isinstance(error.cause, UserError) else Lost(str(error.cause))) from None
