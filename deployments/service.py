@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ class Service:
         if self._guides is not None:
             self._guides.check_experts()
 
+    @cached_property
+    def _digests(self) -> dict[str, list[list[str]]]:
+        """What each of its sets holds. Read once, so that workers that are replaced are those of the beginning."""
+        return {name: set_digests(self.folder, self.study, name) for name in self._sets}
+
     def parts(self) -> list[Part]:
         """What its gang's workers load."""
         options = self.options
@@ -110,15 +116,14 @@ class Service:
         guides = self._guides or self
         services = [self, *[guides] * (len(cpus) - 1)]
         return [
-            Part(str(s.folder.path), s._sets, options.rows, options.length, options.memory, threads)
+            Part(str(s.folder.path), s._digests, options.rows, options.length, options.memory, threads)
             for s, threads in zip(services, cpus, strict=True)
         ]
 
     def content(self) -> Any:
         """What its workers hold: equal for services that can share them."""
-        own = [set_digests(self.folder, self.study, name) for name in self._sets]
         guides = None if self._guides is None else self._guides.content()
-        return str(self.folder.path), self.study.model, self.study.dtype, self._sets, own, guides
+        return str(self.folder.path), self.study.model, self.study.dtype, self._sets, self._digests, guides
 
     def plan(self, setting: Setting) -> Plan:
         """The plan of a setting, its rows placed in the gang. Raises FieldError."""

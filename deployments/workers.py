@@ -10,7 +10,7 @@ import asyncio
 import gc
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,10 +32,14 @@ MEETING_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker loads and how much it may take. ``sets`` are those of the study's backbones and value models."""
+    """What a worker loads and how much it may take.
+
+    ``sets`` are those of the study's backbones and value models, each with what ``set_digests`` said of it when the
+    gang was made: a worker that is replaced later on must hold what the others do.
+    """
 
     study: str
-    sets: tuple[str, ...]
+    sets: Mapping[str, list[list[str]]]
     rows: int
     length: int
     memory: int | None
@@ -111,7 +115,7 @@ class RowWorker:
         self._numbers = 0
 
     async def load(self) -> WorkerFacts:
-        """Load the model and the experts, once. Raises UserError, as loading a study does."""
+        """Load the model and the experts, once. Raises UserError, as loading a study does, or for other experts."""
         if not hasattr(self, "_runner"):
             await asyncio.to_thread(self._load, self._part)
         return self._facts()
@@ -122,14 +126,19 @@ class RowWorker:
     def _load(self, part: Part) -> None:
         import torch
 
+        from mage_ray.errors import UserError
         from mage_ray.folder import StudyFolder
-        from mage_ray.generator import load_experts, load_rows
+        from mage_ray.generator import load_experts, load_rows, set_digests
 
         torch.set_num_threads(part.threads)
         folder = StudyFolder(part.study)
         study = folder.study
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        experts = load_experts(folder, study, part.sets)
+        experts = load_experts(folder, study, list(part.sets))
+        for name, digests in part.sets.items():
+            if set_digests(folder, study, name) != digests:
+                allowed = "those that its gang began with; a reload serves the new ones"
+                raise UserError(f"{folder.path}: got other experts {name}, allowed: {allowed}")
         self._runner, self._chat = load_rows(study, experts, part.rows, part.length, memory=part.memory, device=device)
 
     def _facts(self) -> WorkerFacts:
