@@ -165,19 +165,24 @@ class RowWorker:
     async def leave(self, seconds: float) -> None:
         """Leave the group that it is in, if it is in one, and end all rows. The leader goes first.
 
-        A follower whose last step doesn't end exits.
+        One whose last step doesn't end exits.
         """
-        await asyncio.to_thread(self._leave, seconds)
+        engine, self._engine, self._gang = self._engine, None, None  # from here on nothing is submitted to it
+        await asyncio.to_thread(self._leave, engine, seconds)
+        for task in self._tasks:
+            task.cancel()
+        self._streams = {}
 
-    def _leave(self, seconds: float) -> None:
+    def _leave(self, engine: Engine | None, seconds: float) -> None:
         import torch.distributed as dist
 
-        self._engine, self._gang = None, None
+        ended = engine is None or engine.close(seconds)
         if self._server is not None:
             self._server.join(seconds)
-            if self._server.is_alive():
-                os._exit(1)  # it waits for one that is gone, and knows nothing of it
+            ended = not self._server.is_alive()
             self._server = None
+        if not ended:
+            os._exit(1)  # it waits for one that is gone, and knows nothing of it
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # what still holds on to the group keeps its connections open, and the others waiting
@@ -209,15 +214,13 @@ class RowWorker:
 
     async def lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> None:
         """A fresh engine over this worker's rows and those of the group's other ranks."""
-        for task in self._tasks:
-            task.cancel()
-        self._streams = {}
-        await asyncio.to_thread(self._lead, others, backend, seconds, queue, chunk)
+        engine = await asyncio.to_thread(self._lead, others, backend, seconds, queue, chunk)
         if self._outbox is not None:
             self._outbox.put_nowait(None)  # whoever reads the last engine's events has read them all
-        self._outbox = asyncio.Queue()
+        # Both at once: what is submitted to an engine goes out where its events are read.
+        self._engine, self._outbox = engine, asyncio.Queue()
 
-    def _lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> None:
+    def _lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> Engine:
         from mage_ray.decoding.channel import RankChannel
         from mage_ray.decoding.engine import Engine
         from mage_ray.decoding.gang import Gang
@@ -230,18 +233,29 @@ class RowWorker:
             patience = timedelta(seconds=seconds)
             remotes = [RemoteRunner(RankChannel(1 + i, device, patience)) for i in range(others)]
             rows = self._gang = Gang(self._runner, remotes)
-        self._engine = Engine(rows, self._chat.stop, self._chat.decode, chunk=chunk, waiting=queue)
+        return Engine(rows, self._chat.stop, self._chat.decode, chunk=chunk, waiting=queue)
 
     async def submit(self, id: str, request: Request, always: bool = False) -> None:
-        """Start a request, if it isn't there; its tokens come out of ``events``. Raises FieldError and Busy."""
+        """Start a request, if it isn't there; its tokens come out of ``events``.
+
+        Raises FieldError, Busy, or EngineFailed where there is no engine at the moment.
+        """
+        engine = self._present()
         if id in self._streams:
             return
-        assert self._engine is not None
-        stream = self._engine.submit(request, always=always)
+        stream = engine.submit(request, always=always)
         self._streams[id] = stream
         task = asyncio.get_running_loop().create_task(self._pass_on(id, stream, request.plan_at(len(request.answer))))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _present(self) -> Engine:
+        """The engine. Raises EngineFailed while there is none."""
+        from mage_ray.decoding.engine import EngineFailed
+
+        if self._engine is None:
+            raise EngineFailed("the engine is being replaced")
+        return self._engine
 
     async def _pass_on(self, id: str, stream: Stream, plan: Plan) -> None:
         from mage_ray.decoding.engine import EngineFailed
@@ -271,7 +285,8 @@ class RowWorker:
                 stream.cancel()
 
     async def change(self, id: str, plan: Plan, recompute: bool) -> bool:
-        """Give a request another plan from its next token on; whether it still runs. Raises FieldError."""
+        """Give a request another plan from its next token on; whether it still runs. Raises as ``submit``."""
+        self._present()
         stream = self._streams.get(id)
         if stream is not None:
             stream.change(plan, recompute)

@@ -161,6 +161,17 @@ class Engine:
                 raise
             return bool(scheduler.running or scheduler.waiting or self._inbox)
 
+    def close(self, seconds: float) -> bool:
+        """End all requests; the runner may then be another engine's. False where a step doesn't end in that time."""
+        if not self._lock.acquire(timeout=seconds):
+            return False
+        try:
+            for running in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._emit(running, Token.end("cancelled"))
+        finally:
+            self._lock.release()
+        return True
+
     def _follow_schedules(self) -> None:
         for running in list(self._scheduler.running):
             while running.schedule and running.schedule[0][0] <= running.generated:
