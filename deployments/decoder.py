@@ -15,6 +15,7 @@ from deployments.logs import LOGGER
 from deployments.metrics import Metrics
 from deployments.options import Options
 from deployments.workers import Asked, Batch, Failed, Part, Piece, WorkerFacts
+from mage_ray.decoding.engine import EngineFailed
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Request, Token
 from mage_ray.errors import UserError
@@ -77,6 +78,7 @@ class Decoder:
         self._live: dict[str, Live] = {}
         self._ready = asyncio.Event()
         self._broken: UserError | None = None
+        self._facts: WorkerFacts | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -98,8 +100,9 @@ class Decoder:
 
     @property
     def facts(self) -> WorkerFacts:
-        """The leader's."""
-        return self._actors.facts
+        """The leader's, or the last one's while it is replaced. Only once the gang has answered requests."""
+        assert self._facts is not None
+        return self._facts
 
     @property
     def live(self) -> int:
@@ -121,13 +124,15 @@ class Decoder:
         try:
             await self._actors.leader.submit.remote(id, request)
         except ray.exceptions.RayTaskError as error:
-            del self._live[id]
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            if not isinstance(error.cause, EngineFailed):
+                self._live.pop(id, None)
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except ray.exceptions.RayError:
-            pass  # The leader is gone; what is live is told to the next one.
-        except asyncio.CancelledError:
+            pass
+        except BaseException:
             self.cancel(live)
             raise
+        # Where the leader, or its engine, is gone: what is live is told to the next one.
         return live
 
     def cancel(self, live: Live) -> None:
@@ -141,13 +146,17 @@ class Decoder:
         if live is None:
             return False
         await self._ready.wait()
+        if self._live.get(id) is not live:  # it has ended meanwhile, perhaps with the gang
+            return False
         try:
             if not await self._actors.leader.change.remote(id, plan, recompute):
                 return False
         except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            if not isinstance(error.cause, EngineFailed):
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except ray.exceptions.RayError:
-            pass  # It goes on under the new plan when there is a leader again.
+            pass
+        # Where the leader, or its engine, is gone: it goes on under the new plan when there is one again.
         live.request = replace(live.request, plan=plan, schedule=())
         return True
 
@@ -158,6 +167,7 @@ class Decoder:
 
     def close(self) -> None:
         """End the actors, with whatever runs."""
+        self._ready.clear()
         for task in self._tasks:
             task.cancel()
         self._actors.end()
@@ -167,6 +177,7 @@ class Decoder:
         while True:
             try:
                 await self._actors.together()
+                self._facts = self._actors.facts
                 await self._replay()
                 self._ready.set()
                 failures = 0
@@ -216,17 +227,17 @@ class Decoder:
                     coming.cancel()
                     raise Lost("a worker does not answer")
             batch: Batch = await coming.result()
-            self._metrics.stands(batch, self._actors.facts)
+            self._metrics.stands(batch, self.facts)
             for event in batch.events:
                 if isinstance(event, Failed):
                     raise Lost(event.reason)
                 if isinstance(event, Asked):
-                    self._background(self._answer(event))
+                    self._background(self._answer(self._actors.leader, event))
                 else:
                     self._take(event)
 
-    async def _answer(self, asked: Asked) -> None:
-        await self._actors.leader.answer.remote(asked.number, await self._asked(asked.id, asked.change))
+    async def _answer(self, leader: Any, asked: Asked) -> None:
+        await leader.answer.remote(asked.number, await self._asked(asked.id, asked.change))
 
     def _take(self, piece: Piece) -> None:
         live = self._live.get(piece.id)

@@ -96,18 +96,17 @@ class Actors:
         return whole and all(said.device == "cuda" for said in facts)
 
     async def sift(self) -> int:
-        """Kill the members that don't answer; how many that were."""
-        pings = [member.actor.ping.remote() if member is not None else None for member in self._members]
-        lost = 0
-        for place, ping in enumerate(pings):
-            try:
-                if ping is not None:
-                    await asyncio.wait_for(asyncio.wrap_future(ping.future()), self._options.patience / 2)
-            except (ray.exceptions.RayError, TimeoutError):
-                lost += 1
-                LOGGER.warning("a worker is gone", extra={"gang": self.name, "worker": place})
-                self._kill(place)
-        return lost
+        """Kill the members that don't answer; how many that were.
+
+        All are waited for first, and are members until then: who has called for the leader meanwhile finds one.
+        """
+        pings = {place: member.actor.ping.remote() for place, member in enumerate(self._members) if member is not None}
+        there = await asyncio.gather(*(_answers(ping, self._options.patience / 2) for ping in pings.values()))
+        lost = [place for place, answered in zip(pings, there, strict=True) if not answered]
+        for place in lost:
+            LOGGER.warning("a worker is gone", extra={"gang": self.name, "worker": place})
+            self._kill(place)
+        return len(lost)
 
     def end(self) -> None:
         """Kill all."""
@@ -143,6 +142,14 @@ class Actors:
 def new_name() -> str:
     """For a gang; part of its requests' ids."""
     return uuid.uuid4().hex[:12]
+
+
+async def _answers(ref: Any, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(ref.future()), seconds)
+    except (ray.exceptions.RayError, TimeoutError):
+        return False
+    return True
 
 
 async def _all(refs: Sequence[Any], seconds: float, final: bool = False) -> list[Any]:

@@ -174,9 +174,11 @@ class Replica:
         answering = Answering(asked, head, self.served, self.decoder, self.metrics)
 
         def end(status: int) -> None:
-            answering.cancel()
-            self._shares.give_back(owner, share)
-            self._answering.discard(answering)
+            try:
+                answering.cancel()
+            finally:
+                self._shares.give_back(owner, share)
+                self._answering.discard(answering)
             LOGGER.info(
                 "answered",
                 extra={

@@ -92,6 +92,7 @@ def test_a_lost_worker_changes_no_token(split: Serving, who: str, what: signal.S
     began = time.monotonic()
     until(lambda: split.metric("rebuilds_total") > rebuilds, 60, "the loss")
     noticed = time.monotonic() - began
+    assert split.get("/v1/objectives").status_code == 200  # whoever is gone by now
     for thread in threads:
         thread.join(180)
     assert got == want
