@@ -34,6 +34,8 @@ class Writing:
     """Whether its plan has a guide."""
     text: str = ""
     offset: int = 0
+    drawn: int = 0
+    """Tokens that it has taken up, of which its client is told; the gang may be further on."""
     guided: int = 0
     changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     finished: str | None = None
@@ -113,10 +115,11 @@ class Answering:
         if piece.plan is not None and piece.plan in one.settings:
             one.setting, changed = one.settings[piece.plan], True
             one.steered = bool(piece.plan.values)
-            one.changes.append((len(one.live.answer) - 1, self.service.named(one.setting.preference)))
+            one.changes.append((one.drawn, self.service.named(one.setting.preference)))
         listed, offset = None, one.offset
         if token.id >= 0:
             self._timed(one, piece)
+            one.drawn += 1
             one.guided += token.guided and one.steered
             if self.asked.logprobs:
                 listed = [self._shown(token.id, token.logprob)]
@@ -148,13 +151,13 @@ class Answering:
             [one.id for one in of],
             changes=[change for one in of for change in one.changes],
             guided=sum(one.guided for one in of),
-            tokens=sum(len(one.live.answer) for one in of),
+            tokens=sum(one.drawn for one in of),
         )
 
     @property
     def tokens(self) -> int:
-        """Generated so far."""
-        return sum(len(one.live.answer) for one in self.writing.values())
+        """Taken up so far."""
+        return sum(one.drawn for one in self.writing.values())
 
     async def whole(self) -> dict[str, Any]:
         """The answers as one object. Raises as ``parts``."""

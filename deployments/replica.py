@@ -231,7 +231,7 @@ class Replica:
         except Exception as error:
             refused = _error_of(error)
             return refused.status, refused.body()
-        mage = answering.service.mage(setting, [id], guided=one.guided, tokens=len(one.live.answer))
+        mage = answering.service.mage(setting, [id], guided=one.guided, tokens=one.drawn)
         return 200, {"id": id, "object": "generation", "mage": mage.block()}
 
     @property
