@@ -30,8 +30,8 @@ class Writing:
     latest: Setting
     """What was last asked for, which ``setting`` will be from the next token on."""
     settings: dict[Plan, Setting]
-    steered: bool
-    """Whether its plan has a guide."""
+    plan: Plan
+    """Which drew its last token, or will draw its first."""
     text: str = ""
     offset: int = 0
     drawn: int = 0
@@ -63,7 +63,7 @@ class Answering:
             for index, request in enumerate(requests):
                 id = f"{self.head.id}-{index}"
                 live = await self.decoder.submit(id, request, self._queue)
-                self.writing[id] = Writing(index, id, live, setting, setting, dict(settings), bool(request.plan.values))
+                self.writing[id] = Writing(index, id, live, setting, setting, dict(settings), request.plan)
         except BaseException:
             # None of them is answered, so none counts.
             for one in self.writing.values():
@@ -111,16 +111,15 @@ class Answering:
             self.cancel()
 
     def _added(self, one: Writing, piece: Piece) -> tuple[Choice, bool]:
-        token, changed = piece.token, False
-        if piece.plan is not None and piece.plan in one.settings:
-            one.setting, changed = one.settings[piece.plan], True
-            one.steered = bool(piece.plan.values)
+        token, plan, changed = piece.token, piece.plan, False
+        if plan is not None and plan != one.plan and plan in one.settings:
+            one.plan, one.setting, changed = plan, one.settings[plan], True
             one.changes.append((one.drawn, self.service.named(one.setting.preference)))
         listed, offset = None, one.offset
         if token.id >= 0:
             self._timed(one, piece)
             one.drawn += 1
-            one.guided += token.guided and one.steered
+            one.guided += token.guided and bool(one.plan.values)
             if self.asked.logprobs:
                 listed = [self._shown(token.id, token.logprob)]
                 one.tokens += listed

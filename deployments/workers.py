@@ -59,7 +59,11 @@ class WorkerFacts:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of a request; with it the plan that drew it where that has changed, and how long it queued at first."""
+    """A token of a request.
+
+    With the first one since the request was handed over, perhaps in its middle, the plan that drew it and how long it
+    queued; later on the plan where that has changed.
+    """
 
     id: str
     token: Token
@@ -245,7 +249,7 @@ class RowWorker:
             return
         stream = engine.submit(request, always=always)
         self._streams[id] = stream
-        task = asyncio.get_running_loop().create_task(self._pass_on(id, stream, request.plan_at(len(request.answer))))
+        task = asyncio.get_running_loop().create_task(self._pass_on(id, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -257,18 +261,18 @@ class RowWorker:
             raise EngineFailed("the engine is being replaced")
         return self._engine
 
-    async def _pass_on(self, id: str, stream: Stream, plan: Plan) -> None:
+    async def _pass_on(self, id: str, stream: Stream) -> None:
         from mage_ray.decoding.engine import EngineFailed
         from mage_ray.errors import UserError
 
-        outbox, first = self._outbox, True
+        outbox = self._outbox
         assert outbox is not None
+        plan: Plan | None = None
         try:
             async for token in stream:
+                queued = stream.running.queued if plan is None else None
                 changed = token.plan if token.plan not in (None, plan) else None
                 plan = changed or plan
-                queued = stream.running.queued if first else None
-                first = False
                 outbox.put_nowait(Piece(id, replace(token, plan=None), changed, queued))
         except EngineFailed as error:
             outbox.put_nowait(Failed(str(error)))

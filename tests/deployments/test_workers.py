@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from tiny import make_tiny_tokenizer
 
@@ -59,5 +60,25 @@ def test_a_leader_that_leaves_has_stopped_and_can_lead_again(study: StudyFolder)
         await worker.submit("alone", short)
         assert [piece.token.id for piece in await ended(worker, "alone")] == want
         assert worker._runner.live == 0  # none of the old ones has come back
+
+    asyncio.run(main())
+
+
+def test_the_first_piece_tells_the_plan_and_later_ones_what_has_changed(study: StudyFolder) -> None:
+    first, second = soup(study, 0.2), soup(study, 0.9)
+    request = Request(PROMPT, first, Sampling(12, 0.0), schedule=((5, second),))
+
+    async def main() -> None:
+        worker = await leading(study)
+        await worker.submit("whole", request)
+        whole = await ended(worker, "whole")
+        assert [piece.plan for piece in whole] == [first, *[None] * 4, second, *[None] * 6]
+        # Taken up where its plan has changed already, of which nobody was told.
+        answer = tuple(piece.token.id for piece in whole)
+        for cut in (5, 8):
+            await worker.submit("rest", replace(request, answer=answer[:cut]))
+            rest = await ended(worker, "rest")
+            assert [piece.token.id for piece in rest] == list(answer[cut:])
+            assert [piece.plan for piece in rest] == [second, *[None] * (11 - cut)]
 
     asyncio.run(main())
