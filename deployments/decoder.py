@@ -179,7 +179,6 @@ class Decoder:
                 await self._actors.together()
                 self._facts = self._actors.facts
                 await self._replay()
-                self._ready.set()
                 failures = 0
                 await self._listen()
             except UserError as error:
@@ -206,10 +205,15 @@ class Decoder:
         self._ready.set()
 
     async def _replay(self) -> None:
+        """Tell a new leader what is live, and nothing of what is cancelled meanwhile; the gang is ready then."""
+        told: list[str] = []
         for live in list(self._live.values()):
+            if live.id not in self._live:
+                continue
             if not live.again():
                 self._take(Piece(live.id, Token.end("error", error=UserError("the engine failed at this request"))))
                 continue
+            told.append(live.id)
             try:
                 await self._actors.leader.submit.remote(live.id, live.rest, always=True)
             except ray.exceptions.RayTaskError as error:
@@ -217,6 +221,9 @@ class Decoder:
                     raise
                 # Its own fault, which must not end the others.
                 self._take(Piece(live.id, Token.end("error", error=error.cause)))
+        if gone := [id for id in told if id not in self._live]:
+            self._actors.leader.cancel.remote(gone)
+        self._ready.set()
 
     async def _listen(self) -> None:
         events = self._actors.leader.events.options(num_returns="streaming").remote()
