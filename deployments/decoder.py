@@ -4,7 +4,7 @@ all of them, is made whole and each request goes on where it was, with the token
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from mage_ray.decoding.request import Request, Token
 from mage_ray.errors import UserError
 
 _TRIES = 3
-"""A request that fails that often without a token more is taken for the cause."""
+"""A request that held rows in so many failures without a token more is taken for the cause."""
 _STARTS = 5
 """A gang that fails that often before it has come together is given up."""
 
@@ -79,6 +79,7 @@ class Decoder:
         self._ready = asyncio.Event()
         self._broken: UserError | None = None
         self._facts: WorkerFacts | None = None
+        self._suspects: Container[str] | None = None  # those that may have made the gang fail; None: all
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -210,7 +211,7 @@ class Decoder:
         for live in list(self._live.values()):
             if live.id not in self._live:
                 continue
-            if not live.again():
+            if (self._suspects is None or live.id in self._suspects) and not live.again():
                 self._take(Piece(live.id, Token.end("error", error=UserError("the engine failed at this request"))))
                 continue
             told.append(live.id)
@@ -223,6 +224,7 @@ class Decoder:
                 self._take(Piece(live.id, Token.end("error", error=error.cause)))
         if gone := [id for id in told if id not in self._live]:
             self._actors.leader.cancel.remote(gone)
+        self._suspects = None
         self._ready.set()
 
     async def _listen(self) -> None:
@@ -237,6 +239,7 @@ class Decoder:
             self._metrics.stands(batch, self.facts)
             for event in batch.events:
                 if isinstance(event, Failed):
+                    self._suspects = event.ids
                     raise Lost(event.reason)
                 if isinstance(event, Asked):
                     self._background(self._answer(self._actors.leader, event))

@@ -73,9 +73,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine can't go on."""
+    """The engine can't go on. ``ids`` are the requests that held rows: one of them may be the cause."""
 
     reason: str
+    ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,8 @@ class RowWorker:
                 plan = changed or plan
                 outbox.put_nowait(Piece(id, replace(token, plan=None), changed, queued))
         except EngineFailed as error:
-            outbox.put_nowait(Failed(str(error)))
+            ended = tuple(other for other, one in self._streams.items() if one.running.ended)
+            outbox.put_nowait(Failed(str(error), ended))
         except UserError as error:
             outbox.put_nowait(Piece(id, Token.end("error", error=error)))
         finally:

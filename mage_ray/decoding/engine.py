@@ -156,8 +156,12 @@ class Engine:
                 self._follow_schedules()
             except Exception as error:
                 reason = EngineFailed(f"the engine failed: {type(error).__name__}")
-                for running in list(scheduler.running):
-                    self._emit(running, Token.end("error", error=reason))
+                ended = list(scheduler.running)
+                # All have ended before the first is told, so that whoever hears of it can tell which they were.
+                for running in ended:
+                    scheduler.remove(running, wipe=True)
+                for running in ended:
+                    running.emit(Token.end("error", error=reason))
                 raise
             return bool(scheduler.running or scheduler.waiting or self._inbox)
 

@@ -9,7 +9,7 @@ from tiny import make_tiny_tokenizer
 
 from deployments.options import Options
 from deployments.service import Service, Setting
-from deployments.workers import Piece, RowWorker
+from deployments.workers import Failed, Piece, RowWorker
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Request, Sampling
 from mage_ray.folder import StudyFolder
@@ -80,5 +80,27 @@ def test_the_first_piece_tells_the_plan_and_later_ones_what_has_changed(study: S
             rest = await ended(worker, "rest")
             assert [piece.token.id for piece in rest] == list(answer[cut:])
             assert [piece.plan for piece in rest] == [second, *[None] * (11 - cut)]
+
+    asyncio.run(main())
+
+
+def test_a_failure_names_those_that_held_rows(study: StudyFolder) -> None:
+    async def main() -> None:
+        worker = await leading(study, rows=2)
+        run = worker._runner._run
+
+        def fail(*_: object) -> None:
+            worker._runner._run = run  # type: ignore[method-assign]
+            raise MemoryError
+
+        for i in range(4):
+            await worker.submit(f"{i}", Request(PROMPT, soup(study), Sampling(300, seed=i)))
+        await anext(worker.events())
+        worker._runner._run = fail  # type: ignore[assignment,method-assign]
+        failed: list[Failed] = []
+        while not failed:
+            failed = [event for event in (await anext(worker.events())).events if isinstance(event, Failed)]
+        assert set(failed[0].ids) == {"0", "1"}  # the others wait
+        await worker.leave(30)
 
     asyncio.run(main())
