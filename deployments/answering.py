@@ -56,7 +56,13 @@ class Answering:
 
     async def start(self) -> None:
         """Submit all. Raises FieldError, Busy, Unavailable or ApiError, and then none runs."""
-        requests, settings = self.service.requests(self.asked)
+        with self.decoder.coming():
+            await self._start()
+
+    async def _start(self) -> None:
+        requests, settings = await asyncio.to_thread(self.service.requests, self.asked)
+        for request in requests:
+            request.check_length(self.decoder.facts.length)  # before any of it is sent
         setting = next(iter(settings.values()))
         self.prompt_tokens = sum(len(request.prompt) for request in requests[:: self.asked.n])
         try:

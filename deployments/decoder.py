@@ -4,7 +4,8 @@ all of them, is made whole and each request goes on where it was, with the token
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +77,7 @@ class Decoder:
         self._actors = Actors(self.name, parts, options)
         self._options, self._metrics, self._asked = options, metrics, asked
         self._live: dict[str, Live] = {}
+        self._coming = 0
         self._ready = asyncio.Event()
         self._broken: UserError | None = None
         self._facts: WorkerFacts | None = None
@@ -161,9 +163,18 @@ class Decoder:
         live.request = replace(live.request, plan=plan, schedule=())
         return True
 
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Within it requests are made that this gang will get: until then it isn't drained."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
     async def drained(self) -> None:
         """Returns when no request is on its way."""
-        while self._live:
+        while self._live or self._coming:
             await asyncio.sleep(0.1)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from deployments.answers import Mage, plan_rows
@@ -56,6 +57,7 @@ class Service:
         self._setup = bank_setup(self.study, self._sets)
         self.experts = [f"{name}-{objective}" for name in self._sets for objective in self.objectives]
         self.chat = Chat(load_tokenizer(self.study.model), None, self.study.system)
+        self._encoding = Lock()  # which may set a tokenizer up anew, and so not in two threads at once
         self._guides: Service | None = None
         if options.guide_study is not None and study != options.guide_study:
             self._guides = Service(options, options.guide_study)
@@ -159,7 +161,8 @@ class Service:
     def requests(self, asked: Asked) -> tuple[list[Request], dict[Plan, Setting]]:
         """A request for each answer, ``n`` to a prompt, of different seeds, and the setting of each of their plans.
 
-        The first setting is the one that they begin with. Raises FieldError, or ApiError 404.
+        The first setting is the one that they begin with. A long prompt takes its time: not for an event loop. Raises
+        FieldError, or ApiError 404.
         """
         options = self.options
         for field, value, most in (
@@ -178,7 +181,9 @@ class Service:
         )
         plan, later = self.plan(setting), [(at, self.plan(other), other) for at, other in schedule]
         plans = tuple((at, planned) for at, planned, _ in later)
-        prompts = [self._encode(prompt) for prompt in asked.prompts for _ in range(asked.n)]
+        with self._encoding:
+            encoded = [self._encode(prompt) for prompt in asked.prompts]
+        prompts = [tokens for tokens in encoded for _ in range(asked.n)]
         requests = [
             Request(prompt, plan, replace(sampling, seed=derived_seed(seed, 0, i)), schedule=plans)
             for i, prompt in enumerate(prompts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mage_ray.decoding.change import change_plan
 from mage_ray.decoding.plan import Plan
-from mage_ray.decoding.request import Generation, Request, Token
+from mage_ray.decoding.request import Generation, Request, Token, check_length
 from mage_ray.decoding.rows import Rows
 from mage_ray.decoding.scheduler import Running, Scheduler
 from mage_ray.decoding.step import Step
@@ -134,7 +134,7 @@ class Engine:
         FieldError when the plan can't run here.
         """
         self._check_plan(plan, "plan")
-        self._check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan)
+        check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan, self.runner.length)
 
         def word() -> None:
             running.schedule = ()
@@ -204,15 +204,9 @@ class Engine:
                 raise FieldError(field, "unknown tokens", f"token ids 0 to {vocabulary - 1}")
         if sampling.stop and self._decode is None:
             raise FieldError("stop", list(sampling.stop), "none: this engine has no tokenizer")
+        request.check_length(runner.length)
         for field, plan in (("plan", request.plan), *((f"schedule.{at}", plan) for at, plan in request.schedule)):
-            self._check_length(len(request.prompt), sampling.max_new_tokens, plan)
             self._check_plan(plan, field)
-
-    def _check_length(self, prompt: int, new: int, plan: Plan) -> None:
-        if prompt + new + plan.ahead > self.runner.length:
-            candidates = f" and {plan.ahead} candidates to look at" if plan.ahead else ""
-            what = f"{prompt} tokens and {new} new ones{candidates}"
-            raise FieldError("prompt", what, f"at most {self.runner.length} together")
 
     def _check_plan(self, plan: Plan, field: str) -> None:
         for row in plan.rows:
