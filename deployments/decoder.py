@@ -80,7 +80,7 @@ class Decoder:
         self._coming = 0
         self._ready = asyncio.Event()
         self._broken: UserError | None = None
-        self._facts: WorkerFacts | None = None
+        self._facts: list[WorkerFacts] = []
         self._suspects: Container[str] | None = None  # those that may have made the gang fail; None: all
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -104,8 +104,7 @@ class Decoder:
     @property
     def facts(self) -> WorkerFacts:
         """The leader's, or the last one's while it is replaced. Only once the gang has answered requests."""
-        assert self._facts is not None
-        return self._facts
+        return self._facts[0]
 
     @property
     def live(self) -> int:
@@ -183,6 +182,7 @@ class Decoder:
         for task in self._tasks:
             task.cancel()
         self._actors.end()
+        self._metrics.closed(self.name)
 
     async def _supervise(self) -> None:
         failures = 0
@@ -247,7 +247,7 @@ class Decoder:
                     coming.cancel()
                     raise Lost("a worker does not answer")
             batch: Batch = await coming.result()
-            self._metrics.stands(batch, self.facts)
+            self._metrics.stands(self.name, batch, [said.positions for said in self._facts])
             for event in batch.events:
                 if isinstance(event, Failed):
                     self._suspects = event.ids

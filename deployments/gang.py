@@ -55,11 +55,9 @@ class Actors:
         return member.actor
 
     @property
-    def facts(self) -> WorkerFacts:
-        """The leader's."""
-        member = self._members[0]
-        assert member is not None and member.facts is not None
-        return member.facts
+    def facts(self) -> list[WorkerFacts]:
+        """What its members, the leader first, have said of themselves. Only once they are together."""
+        return [member.facts for member in self._members if member is not None and member.facts is not None]
 
     async def together(self) -> None:
         """Have all members alive, in one new group, with a new engine at its head.

@@ -56,6 +56,11 @@ class WorkerFacts:
     rows: int
     length: int
 
+    @property
+    def positions(self) -> int:
+        """Of keys and values."""
+        return self.rows * self.length
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -93,14 +98,14 @@ Event = Piece | Failed | Asked
 
 @dataclass(frozen=True)
 class Batch:
-    """What has happened since the last one, and how things stand: requests, rows, tokens that they hold, and, since the
-    engine began, seconds waited for guides and steps taken."""
+    """What has happened since the last one, and how things stand: requests, rows, tokens that they hold in each worker
+    (by its rank), and, since the engine began, seconds waited for guides and steps taken."""
 
     events: tuple[Event, ...]
     running: int
     waiting: int
     rows: int
-    tokens: int
+    tokens: Mapping[int, int]
     waited: float
     steps: int
 

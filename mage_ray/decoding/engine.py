@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mage_ray.decoding.change import change_plan
@@ -28,12 +28,12 @@ class EngineFailed(UserError):
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that run and that wait; the rows of those that run, and the tokens that they hold."""
+    """Requests that run and that wait; the rows of those that run, and the tokens that they hold, by the rows' home."""
 
     running: int
     waiting: int
     rows: int
-    tokens: int
+    tokens: Mapping[int, int]
 
 
 class Engine:
@@ -188,7 +188,9 @@ class Engine:
         """What it does now, as far as one can tell beside a step that runs."""
         running = list(self._scheduler.running)
         rows = [row for one in running for row in list(one.rows)]
-        tokens = sum(len(row.tokens) for row in rows)
+        tokens: Counter[int] = Counter()
+        for row in rows:
+            tokens[row.row.home] += len(row.tokens)
         return Load(len(running), len(self._scheduler.waiting), len(rows), tokens)
 
     def check(self, request: Request) -> None:
