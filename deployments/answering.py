@@ -30,10 +30,12 @@ class Writing:
     latest: Setting
     """What was last asked for, which ``setting`` will be from the next token on."""
     settings: dict[Plan, Setting]
-    steered: bool
-    """Whether its plan has a guide."""
+    plan: Plan
+    """Which drew its last token, or will draw its first."""
     text: str = ""
     offset: int = 0
+    drawn: int = 0
+    """Tokens that it has taken up, of which its client is told; the gang may be further on."""
     guided: int = 0
     changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     finished: str | None = None
@@ -54,14 +56,20 @@ class Answering:
 
     async def start(self) -> None:
         """Submit all. Raises FieldError, Busy, Unavailable or ApiError, and then none runs."""
-        requests, settings = self.service.requests(self.asked)
+        with self.decoder.coming():
+            await self._start()
+
+    async def _start(self) -> None:
+        requests, settings = await asyncio.to_thread(self.service.requests, self.asked)
+        for request in requests:
+            request.check_length(self.decoder.facts.length)  # before any of it is sent
         setting = next(iter(settings.values()))
         self.prompt_tokens = sum(len(request.prompt) for request in requests[:: self.asked.n])
         try:
             for index, request in enumerate(requests):
                 id = f"{self.head.id}-{index}"
                 live = await self.decoder.submit(id, request, self._queue)
-                self.writing[id] = Writing(index, id, live, setting, setting, dict(settings), bool(request.plan.values))
+                self.writing[id] = Writing(index, id, live, setting, setting, dict(settings), request.plan)
         except BaseException:
             # None of them is answered, so none counts.
             for one in self.writing.values():
@@ -109,15 +117,15 @@ class Answering:
             self.cancel()
 
     def _added(self, one: Writing, piece: Piece) -> tuple[Choice, bool]:
-        token, changed = piece.token, False
-        if piece.plan is not None and piece.plan in one.settings:
-            one.setting, changed = one.settings[piece.plan], True
-            one.steered = bool(piece.plan.values)
-            one.changes.append((len(one.live.answer) - 1, self.service.named(one.setting.preference)))
+        token, plan, changed = piece.token, piece.plan, False
+        if plan is not None and plan != one.plan and plan in one.settings:
+            one.plan, one.setting, changed = plan, one.settings[plan], True
+            one.changes.append((one.drawn, self.service.named(one.setting.preference)))
         listed, offset = None, one.offset
         if token.id >= 0:
             self._timed(one, piece)
-            one.guided += token.guided and one.steered
+            one.drawn += 1
+            one.guided += token.guided and bool(one.plan.values)
             if self.asked.logprobs:
                 listed = [self._shown(token.id, token.logprob)]
                 one.tokens += listed
@@ -148,13 +156,13 @@ class Answering:
             [one.id for one in of],
             changes=[change for one in of for change in one.changes],
             guided=sum(one.guided for one in of),
-            tokens=sum(len(one.live.answer) for one in of),
+            tokens=sum(one.drawn for one in of),
         )
 
     @property
     def tokens(self) -> int:
-        """Generated so far."""
-        return sum(len(one.live.answer) for one in self.writing.values())
+        """Taken up so far."""
+        return sum(one.drawn for one in self.writing.values())
 
     async def whole(self) -> dict[str, Any]:
         """The answers as one object. Raises as ``parts``."""

@@ -4,7 +4,8 @@ all of them, is made whole and each request goes on where it was, with the token
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from deployments.logs import LOGGER
 from deployments.metrics import Metrics
 from deployments.options import Options
 from deployments.workers import Asked, Batch, Failed, Part, Piece, WorkerFacts
+from mage_ray.decoding.engine import EngineFailed
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Request, Token
 from mage_ray.errors import UserError
 
 _TRIES = 3
-"""A request that fails that often without a token more is taken for the cause."""
+"""A request that held rows in so many failures without a token more is taken for the cause."""
 _STARTS = 5
 """A gang that fails that often before it has come together is given up."""
 
@@ -75,8 +77,11 @@ class Decoder:
         self._actors = Actors(self.name, parts, options)
         self._options, self._metrics, self._asked = options, metrics, asked
         self._live: dict[str, Live] = {}
+        self._coming = 0
         self._ready = asyncio.Event()
         self._broken: UserError | None = None
+        self._facts: list[WorkerFacts] = []
+        self._suspects: Container[str] | None = None  # those that may have made the gang fail; None: all
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -98,8 +103,8 @@ class Decoder:
 
     @property
     def facts(self) -> WorkerFacts:
-        """The leader's."""
-        return self._actors.facts
+        """The leader's, or the last one's while it is replaced. Only once the gang has answered requests."""
+        return self._facts[0]
 
     @property
     def live(self) -> int:
@@ -121,13 +126,15 @@ class Decoder:
         try:
             await self._actors.leader.submit.remote(id, request)
         except ray.exceptions.RayTaskError as error:
-            del self._live[id]
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            if not isinstance(error.cause, EngineFailed):
+                self._live.pop(id, None)
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except ray.exceptions.RayError:
-            pass  # The leader is gone; what is live is told to the next one.
-        except asyncio.CancelledError:
+            pass
+        except BaseException:
             self.cancel(live)
             raise
+        # Where the leader, or its engine, is gone: what is live is told to the next one.
         return live
 
     def cancel(self, live: Live) -> None:
@@ -141,34 +148,49 @@ class Decoder:
         if live is None:
             return False
         await self._ready.wait()
+        if self._live.get(id) is not live:  # it has ended meanwhile, perhaps with the gang
+            return False
         try:
             if not await self._actors.leader.change.remote(id, plan, recompute):
                 return False
         except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            if not isinstance(error.cause, EngineFailed):
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except ray.exceptions.RayError:
-            pass  # It goes on under the new plan when there is a leader again.
+            pass
+        # Where the leader, or its engine, is gone: it goes on under the new plan when there is one again.
         live.request = replace(live.request, plan=plan, schedule=())
         return True
 
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Within it requests are made that this gang will get: until then it isn't drained."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
     async def drained(self) -> None:
         """Returns when no request is on its way."""
-        while self._live:
+        while self._live or self._coming:
             await asyncio.sleep(0.1)
 
     def close(self) -> None:
         """End the actors, with whatever runs."""
+        self._ready.clear()
         for task in self._tasks:
             task.cancel()
         self._actors.end()
+        self._metrics.closed(self.name)
 
     async def _supervise(self) -> None:
         failures = 0
         while True:
             try:
                 await self._actors.together()
+                self._facts = self._actors.facts
                 await self._replay()
-                self._ready.set()
                 failures = 0
                 await self._listen()
             except UserError as error:
@@ -195,10 +217,15 @@ class Decoder:
         self._ready.set()
 
     async def _replay(self) -> None:
+        """Tell a new leader what is live, and nothing of what is cancelled meanwhile; the gang is ready then."""
+        told: list[str] = []
         for live in list(self._live.values()):
-            if not live.again():
+            if live.id not in self._live:
+                continue
+            if (self._suspects is None or live.id in self._suspects) and not live.again():
                 self._take(Piece(live.id, Token.end("error", error=UserError("the engine failed at this request"))))
                 continue
+            told.append(live.id)
             try:
                 await self._actors.leader.submit.remote(live.id, live.rest, always=True)
             except ray.exceptions.RayTaskError as error:
@@ -206,6 +233,10 @@ class Decoder:
                     raise
                 # Its own fault, which must not end the others.
                 self._take(Piece(live.id, Token.end("error", error=error.cause)))
+        if gone := [id for id in told if id not in self._live]:
+            self._actors.leader.cancel.remote(gone)
+        self._suspects = None
+        self._ready.set()
 
     async def _listen(self) -> None:
         events = self._actors.leader.events.options(num_returns="streaming").remote()
@@ -216,17 +247,18 @@ class Decoder:
                     coming.cancel()
                     raise Lost("a worker does not answer")
             batch: Batch = await coming.result()
-            self._metrics.stands(batch, self._actors.facts)
+            self._metrics.stands(self.name, batch, [said.positions for said in self._facts])
             for event in batch.events:
                 if isinstance(event, Failed):
+                    self._suspects = event.ids
                     raise Lost(event.reason)
                 if isinstance(event, Asked):
-                    self._background(self._answer(event))
+                    self._background(self._answer(self._actors.leader, event))
                 else:
                     self._take(event)
 
-    async def _answer(self, asked: Asked) -> None:
-        await self._actors.leader.answer.remote(asked.number, await self._asked(asked.id, asked.change))
+    async def _answer(self, leader: Any, asked: Asked) -> None:
+        await leader.answer.remote(asked.number, await self._asked(asked.id, asked.change))
 
     def _take(self, piece: Piece) -> None:
         live = self._live.get(piece.id)

@@ -45,6 +45,7 @@ class Actors:
         self.name = name
         self._parts, self._options = list(parts), options
         self._members: list[Member | None] = [None] * len(parts)
+        self._met = False
 
     @property
     def leader(self) -> Any:
@@ -54,22 +55,21 @@ class Actors:
         return member.actor
 
     @property
-    def facts(self) -> WorkerFacts:
-        """The leader's."""
-        member = self._members[0]
-        assert member is not None and member.facts is not None
-        return member.facts
+    def facts(self) -> list[WorkerFacts]:
+        """What its members, the leader first, have said of themselves. Only once they are together."""
+        return [member.facts for member in self._members if member is not None and member.facts is not None]
 
     async def together(self) -> None:
         """Have all members alive, in one new group, with a new engine at its head.
 
-        Raises UserError for what no new try can mend, and Lost, or an error of Ray's, for the rest.
+        Raises UserError for what no new try can mend, and Lost, or an error of Ray's, for the rest. What a worker can't
+        load is final only at first: a gang that has been together had it all, and will again.
         """
         for place, member in enumerate(self._members):
             if member is None:
                 self._members[place] = self._make(place)
         members = [member for member in self._members if member is not None]
-        facts = await _all([member.actor.load.remote() for member in members], _LOADING_SECONDS)
+        facts = await _all([member.actor.load.remote() for member in members], _LOADING_SECONDS, final=not self._met)
         for member, said in zip(members, facts, strict=True):
             member.facts = said
         if len({said.vocabulary for said in facts}) > 1:
@@ -87,24 +87,24 @@ class Actors:
         await _all(joins, wait)
         await _all([member.actor.follow.remote(backend) for member in members[1:]], wait)
         await _all([self.leader.lead.remote(size - 1, backend, seconds, options.queue, options.chunk)], wait)
+        self._met = True
 
     def _own_gpus(self, facts: Sequence[WorkerFacts]) -> bool:
         whole = all(amount >= 1 for amount in (self._options.gpus, self._options.guide_gpus))
         return whole and all(said.device == "cuda" for said in facts)
 
     async def sift(self) -> int:
-        """Kill the members that don't answer; how many that were."""
-        pings = [member.actor.ping.remote() if member is not None else None for member in self._members]
-        lost = 0
-        for place, ping in enumerate(pings):
-            try:
-                if ping is not None:
-                    await asyncio.wait_for(asyncio.wrap_future(ping.future()), self._options.patience / 2)
-            except (ray.exceptions.RayError, TimeoutError):
-                lost += 1
-                LOGGER.warning("a worker is gone", extra={"gang": self.name, "worker": place})
-                self._kill(place)
-        return lost
+        """Kill the members that don't answer; how many that were.
+
+        All are waited for first, and are members until then: who has called for the leader meanwhile finds one.
+        """
+        pings = {place: member.actor.ping.remote() for place, member in enumerate(self._members) if member is not None}
+        there = await asyncio.gather(*(_answers(ping, self._options.patience / 2) for ping in pings.values()))
+        lost = [place for place, answered in zip(pings, there, strict=True) if not answered]
+        for place in lost:
+            LOGGER.warning("a worker is gone", extra={"gang": self.name, "worker": place})
+            self._kill(place)
+        return len(lost)
 
     def end(self) -> None:
         """Kill all."""
@@ -142,12 +142,23 @@ def new_name() -> str:
     return uuid.uuid4().hex[:12]
 
 
-async def _all(refs: Sequence[Any], seconds: float) -> list[Any]:
-    """The results. Raises the UserError that one raised, Lost when they take too long, or Ray's own error."""
+async def _answers(ref: Any, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(ref.future()), seconds)
+    except (ray.exceptions.RayError, TimeoutError):
+        return False
+    return True
+
+
+async def _all(refs: Sequence[Any], seconds: float, final: bool = False) -> list[Any]:
+    """The results. Raises Lost when they take too long or one raised, or Ray's own error of a worker that is gone.
+
+    With ``final`` a UserError that one raised stays what it is.
+    """
     futures = [asyncio.wrap_future(ref.future()) for ref in refs]
     try:
         return await asyncio.wait_for(asyncio.gather(*futures), seconds)
     except TimeoutError:
         raise Lost("a worker takes too long") from None
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else Lost(str(error.cause))) from None
+        raise (error.cause if final and isinstance(error.cause, UserError) else Lost(str(error.cause))) from None

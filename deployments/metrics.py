@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,7 +12,7 @@ from prometheus_client import Gauge as TextGauge
 from prometheus_client import Histogram as TextHistogram
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from deployments.workers import Batch, Piece, WorkerFacts
+from deployments.workers import Batch, Piece
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -36,8 +37,8 @@ class Metrics:
         self._running = self._gauge("running", "Requests that decode")
         self._waiting = self._gauge("waiting", "Requests that wait for slots")
         self._rows = self._gauge("rows", "Rows that hold a slot")
-        self._kv = self._gauge("kv_use", "Share of the positions of keys and values that is in use")
-        self._last: tuple[float, int] = (0.0, 0)
+        self._kv = self._gauge("kv_use", "Share of the fullest worker's positions of keys and values that is in use")
+        self._gangs: dict[str, _Standing] = {}
 
     def text(self) -> bytes:
         """Prometheus' exposition format."""
@@ -55,17 +56,28 @@ class Metrics:
         """A gang lost a member."""
         self._rebuilds.add(1)
 
-    def stands(self, batch: Batch, facts: WorkerFacts) -> None:
-        """How a gang stands, as it says with its tokens."""
+    def stands(self, gang: str, batch: Batch, positions: Sequence[int]) -> None:
+        """How a gang stands, as it says with its tokens; ``positions`` of keys and values has each of its workers."""
         self._tokens.add(sum(isinstance(event, Piece) and event.token.id >= 0 for event in batch.events))
-        self._running.set(batch.running)
-        self._waiting.set(batch.waiting)
-        self._rows.set(batch.rows)
-        self._kv.set(batch.tokens / (facts.rows * facts.length))
-        waited, steps = self._last
+        kv = max(batch.tokens.get(rank, 0) / all_of_them for rank, all_of_them in enumerate(positions))
+        last = self._gangs.get(gang)
+        self._gangs[gang] = _Standing(batch, kv)
+        waited, steps = (last.batch.waited, last.batch.steps) if last is not None else (0.0, 0)
         if batch.steps > steps and batch.waited > waited:
             self.guide_wait.add((batch.waited - waited) / (batch.steps - steps))
-        self._last = batch.waited, batch.steps
+        self._publish()
+
+    def closed(self, gang: str) -> None:
+        """A gang is no more; during a reload there are two."""
+        self._gangs.pop(gang, None)
+        self._publish()
+
+    def _publish(self) -> None:
+        batches = [standing.batch for standing in self._gangs.values()]
+        self._running.set(sum(batch.running for batch in batches))
+        self._waiting.set(sum(batch.waiting for batch in batches))
+        self._rows.set(sum(batch.rows for batch in batches))
+        self._kv.set(max((standing.kv for standing in self._gangs.values()), default=0.0))
 
     def _histogram(self, name: str, what: str, bounds: Sequence[float] = _SECONDS) -> _Both:
         full = f"mage_ray_{name}"
@@ -80,6 +92,14 @@ class Metrics:
     def _gauge(self, name: str, what: str) -> _Both:
         full = f"mage_ray_{name}"
         return _Both(Gauge(full, description=what), TextGauge(full, what, registry=self._registry))
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What a gang has said last, and how full its fullest worker was."""
+
+    batch: Batch
+    kv: float
 
 
 class _Both:

@@ -174,9 +174,11 @@ class Replica:
         answering = Answering(asked, head, self.served, self.decoder, self.metrics)
 
         def end(status: int) -> None:
-            answering.cancel()
-            self._shares.give_back(owner, share)
-            self._answering.discard(answering)
+            try:
+                answering.cancel()
+            finally:
+                self._shares.give_back(owner, share)
+                self._answering.discard(answering)
             LOGGER.info(
                 "answered",
                 extra={
@@ -229,7 +231,7 @@ class Replica:
         except Exception as error:
             refused = _error_of(error)
             return refused.status, refused.body()
-        mage = answering.service.mage(setting, [id], guided=one.guided, tokens=len(one.live.answer))
+        mage = answering.service.mage(setting, [id], guided=one.guided, tokens=one.drawn)
         return 200, {"id": id, "object": "generation", "mage": mage.block()}
 
     @property

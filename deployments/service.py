@@ -6,7 +6,9 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from deployments.answers import Mage, plan_rows
@@ -55,6 +57,7 @@ class Service:
         self._setup = bank_setup(self.study, self._sets)
         self.experts = [f"{name}-{objective}" for name in self._sets for objective in self.objectives]
         self.chat = Chat(load_tokenizer(self.study.model), None, self.study.system)
+        self._encoding = Lock()  # which may set a tokenizer up anew, and so not in two threads at once
         self._guides: Service | None = None
         if options.guide_study is not None and study != options.guide_study:
             self._guides = Service(options, options.guide_study)
@@ -103,6 +106,11 @@ class Service:
         if self._guides is not None:
             self._guides.check_experts()
 
+    @cached_property
+    def _digests(self) -> dict[str, list[list[str]]]:
+        """What each of its sets holds. Read once, so that workers that are replaced are those of the beginning."""
+        return {name: set_digests(self.folder, self.study, name) for name in self._sets}
+
     def parts(self) -> list[Part]:
         """What its gang's workers load."""
         options = self.options
@@ -110,22 +118,26 @@ class Service:
         guides = self._guides or self
         services = [self, *[guides] * (len(cpus) - 1)]
         return [
-            Part(str(s.folder.path), s._sets, options.rows, options.length, options.memory, threads)
+            Part(str(s.folder.path), s._digests, options.rows, options.length, options.memory, threads)
             for s, threads in zip(services, cpus, strict=True)
         ]
 
     def content(self) -> Any:
         """What its workers hold: equal for services that can share them."""
-        own = [set_digests(self.folder, self.study, name) for name in self._sets]
         guides = None if self._guides is None else self._guides.content()
-        return str(self.folder.path), self.study.model, self.study.dtype, self._sets, own, guides
+        return str(self.folder.path), self.study.model, self.study.dtype, self._sets, self._digests, guides
 
     def plan(self, setting: Setting) -> Plan:
         """The plan of a setting, its rows placed in the gang. Raises FieldError."""
         setup = self._setup.given(setting.strength, setting.candidates)
         plan = plan_for(setting.method, setting.preference, setup)
         guides = self.options.workers - 1
-        return plan.placed(lambda i: 0 if i == 0 or guides == 0 else 1 + (i - 1) % guides)
+        if self._guides is None:
+            away = list(range(1, len(plan.rows)))
+        else:  # The guides have another bank: what is over this one's experts stays here.
+            away = [i for i, row in enumerate(plan.rows) if row.home > 0]
+        home = {i: 1 + n % guides for n, i in enumerate(away)} if guides else {}
+        return plan.placed(lambda i: home.get(i, 0))
 
     def _setting(self, asked: Asked) -> tuple[Setting, tuple[tuple[int, Setting], ...]]:
         """What a request asks for, and what it wants changed later on. Raises FieldError, or ApiError 404."""
@@ -149,7 +161,8 @@ class Service:
     def requests(self, asked: Asked) -> tuple[list[Request], dict[Plan, Setting]]:
         """A request for each answer, ``n`` to a prompt, of different seeds, and the setting of each of their plans.
 
-        The first setting is the one that they begin with. Raises FieldError, or ApiError 404.
+        The first setting is the one that they begin with. A long prompt takes its time: not for an event loop. Raises
+        FieldError, or ApiError 404.
         """
         options = self.options
         for field, value, most in (
@@ -168,7 +181,9 @@ class Service:
         )
         plan, later = self.plan(setting), [(at, self.plan(other), other) for at, other in schedule]
         plans = tuple((at, planned) for at, planned, _ in later)
-        prompts = [self._encode(prompt) for prompt in asked.prompts for _ in range(asked.n)]
+        with self._encoding:
+            encoded = [self._encode(prompt) for prompt in asked.prompts]
+        prompts = [tokens for tokens in encoded for _ in range(asked.n)]
         requests = [
             Request(prompt, plan, replace(sampling, seed=derived_seed(seed, 0, i)), schedule=plans)
             for i, prompt in enumerate(prompts)

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,10 +32,14 @@ MEETING_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker loads and how much it may take. ``sets`` are those of the study's backbones and value models."""
+    """What a worker loads and how much it may take.
+
+    ``sets`` are those of the study's backbones and value models, each with what ``set_digests`` said of it when the
+    gang was made: a worker that is replaced later on must hold what the others do.
+    """
 
     study: str
-    sets: tuple[str, ...]
+    sets: Mapping[str, list[list[str]]]
     rows: int
     length: int
     memory: int | None
@@ -52,10 +56,19 @@ class WorkerFacts:
     rows: int
     length: int
 
+    @property
+    def positions(self) -> int:
+        """Of keys and values."""
+        return self.rows * self.length
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of a request; with it the plan that drew it where that has changed, and how long it queued at first."""
+    """A token of a request.
+
+    With the first one since the request was handed over, perhaps in its middle, the plan that drew it and how long it
+    queued; later on the plan where that has changed.
+    """
 
     id: str
     token: Token
@@ -65,9 +78,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine can't go on."""
+    """The engine can't go on. ``ids`` are the requests that held rows: one of them may be the cause."""
 
     reason: str
+    ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,14 +98,14 @@ Event = Piece | Failed | Asked
 
 @dataclass(frozen=True)
 class Batch:
-    """What has happened since the last one, and how things stand: requests, rows, tokens that they hold, and, since the
-    engine began, seconds waited for guides and steps taken."""
+    """What has happened since the last one, and how things stand: requests, rows, tokens that they hold in each worker
+    (by its rank), and, since the engine began, seconds waited for guides and steps taken."""
 
     events: tuple[Event, ...]
     running: int
     waiting: int
     rows: int
-    tokens: int
+    tokens: Mapping[int, int]
     waited: float
     steps: int
 
@@ -111,7 +125,7 @@ class RowWorker:
         self._numbers = 0
 
     async def load(self) -> WorkerFacts:
-        """Load the model and the experts, once. Raises UserError, as loading a study does."""
+        """Load the model and the experts, once. Raises UserError, as loading a study does, or for other experts."""
         if not hasattr(self, "_runner"):
             await asyncio.to_thread(self._load, self._part)
         return self._facts()
@@ -122,14 +136,19 @@ class RowWorker:
     def _load(self, part: Part) -> None:
         import torch
 
+        from mage_ray.errors import UserError
         from mage_ray.folder import StudyFolder
-        from mage_ray.generator import load_experts, load_rows
+        from mage_ray.generator import load_experts, load_rows, set_digests
 
         torch.set_num_threads(part.threads)
         folder = StudyFolder(part.study)
         study = folder.study
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        experts = load_experts(folder, study, part.sets)
+        experts = load_experts(folder, study, list(part.sets))
+        for name, digests in part.sets.items():
+            if set_digests(folder, study, name) != digests:
+                allowed = "those that its gang began with; a reload serves the new ones"
+                raise UserError(f"{folder.path}: got other experts {name}, allowed: {allowed}")
         self._runner, self._chat = load_rows(study, experts, part.rows, part.length, memory=part.memory, device=device)
 
     def _facts(self) -> WorkerFacts:
@@ -156,19 +175,24 @@ class RowWorker:
     async def leave(self, seconds: float) -> None:
         """Leave the group that it is in, if it is in one, and end all rows. The leader goes first.
 
-        A follower whose last step doesn't end exits.
+        One whose last step doesn't end exits.
         """
-        await asyncio.to_thread(self._leave, seconds)
+        engine, self._engine, self._gang = self._engine, None, None  # from here on nothing is submitted to it
+        await asyncio.to_thread(self._leave, engine, seconds)
+        for task in self._tasks:
+            task.cancel()
+        self._streams = {}
 
-    def _leave(self, seconds: float) -> None:
+    def _leave(self, engine: Engine | None, seconds: float) -> None:
         import torch.distributed as dist
 
-        self._engine, self._gang = None, None
+        ended = engine is None or engine.close(seconds)
         if self._server is not None:
             self._server.join(seconds)
-            if self._server.is_alive():
-                os._exit(1)  # it waits for one that is gone, and knows nothing of it
+            ended = not self._server.is_alive()
             self._server = None
+        if not ended:
+            os._exit(1)  # it waits for one that is gone, and knows nothing of it
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # what still holds on to the group keeps its connections open, and the others waiting
@@ -200,15 +224,13 @@ class RowWorker:
 
     async def lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> None:
         """A fresh engine over this worker's rows and those of the group's other ranks."""
-        for task in self._tasks:
-            task.cancel()
-        self._streams = {}
-        await asyncio.to_thread(self._lead, others, backend, seconds, queue, chunk)
+        engine = await asyncio.to_thread(self._lead, others, backend, seconds, queue, chunk)
         if self._outbox is not None:
             self._outbox.put_nowait(None)  # whoever reads the last engine's events has read them all
-        self._outbox = asyncio.Queue()
+        # Both at once: what is submitted to an engine goes out where its events are read.
+        self._engine, self._outbox = engine, asyncio.Queue()
 
-    def _lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> None:
+    def _lead(self, others: int, backend: str, seconds: float, queue: int, chunk: int | None) -> Engine:
         from mage_ray.decoding.channel import RankChannel
         from mage_ray.decoding.engine import Engine
         from mage_ray.decoding.gang import Gang
@@ -221,34 +243,46 @@ class RowWorker:
             patience = timedelta(seconds=seconds)
             remotes = [RemoteRunner(RankChannel(1 + i, device, patience)) for i in range(others)]
             rows = self._gang = Gang(self._runner, remotes)
-        self._engine = Engine(rows, self._chat.stop, self._chat.decode, chunk=chunk, waiting=queue)
+        return Engine(rows, self._chat.stop, self._chat.decode, chunk=chunk, waiting=queue)
 
     async def submit(self, id: str, request: Request, always: bool = False) -> None:
-        """Start a request, if it isn't there; its tokens come out of ``events``. Raises FieldError and Busy."""
+        """Start a request, if it isn't there; its tokens come out of ``events``.
+
+        Raises FieldError, Busy, or EngineFailed where there is no engine at the moment.
+        """
+        engine = self._present()
         if id in self._streams:
             return
-        assert self._engine is not None
-        stream = self._engine.submit(request, always=always)
+        stream = engine.submit(request, always=always)
         self._streams[id] = stream
-        task = asyncio.get_running_loop().create_task(self._pass_on(id, stream, request.plan_at(len(request.answer))))
+        task = asyncio.get_running_loop().create_task(self._pass_on(id, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _pass_on(self, id: str, stream: Stream, plan: Plan) -> None:
+    def _present(self) -> Engine:
+        """The engine. Raises EngineFailed while there is none."""
+        from mage_ray.decoding.engine import EngineFailed
+
+        if self._engine is None:
+            raise EngineFailed("the engine is being replaced")
+        return self._engine
+
+    async def _pass_on(self, id: str, stream: Stream) -> None:
         from mage_ray.decoding.engine import EngineFailed
         from mage_ray.errors import UserError
 
-        outbox, first = self._outbox, True
+        outbox = self._outbox
         assert outbox is not None
+        plan: Plan | None = None
         try:
             async for token in stream:
+                queued = stream.running.queued if plan is None else None
                 changed = token.plan if token.plan not in (None, plan) else None
                 plan = changed or plan
-                queued = stream.running.queued if first else None
-                first = False
                 outbox.put_nowait(Piece(id, replace(token, plan=None), changed, queued))
         except EngineFailed as error:
-            outbox.put_nowait(Failed(str(error)))
+            ended = tuple(other for other, one in self._streams.items() if one.running.ended)
+            outbox.put_nowait(Failed(str(error), ended))
         except UserError as error:
             outbox.put_nowait(Piece(id, Token.end("error", error=error)))
         finally:
@@ -262,7 +296,8 @@ class RowWorker:
                 stream.cancel()
 
     async def change(self, id: str, plan: Plan, recompute: bool) -> bool:
-        """Give a request another plan from its next token on; whether it still runs. Raises FieldError."""
+        """Give a request another plan from its next token on; whether it still runs. Raises as ``submit``."""
+        self._present()
         stream = self._streams.get(id)
         if stream is not None:
             stream.change(plan, recompute)

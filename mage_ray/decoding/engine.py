@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mage_ray.decoding.change import change_plan
 from mage_ray.decoding.plan import Plan
-from mage_ray.decoding.request import Generation, Request, Token
+from mage_ray.decoding.request import Generation, Request, Token, check_length
 from mage_ray.decoding.rows import Rows
 from mage_ray.decoding.scheduler import Running, Scheduler
 from mage_ray.decoding.step import Step
@@ -28,12 +28,12 @@ class EngineFailed(UserError):
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that run and that wait; the rows of those that run, and the tokens that they hold."""
+    """Requests that run and that wait; the rows of those that run, and the tokens that they hold, by the rows' home."""
 
     running: int
     waiting: int
     rows: int
-    tokens: int
+    tokens: Mapping[int, int]
 
 
 class Engine:
@@ -134,7 +134,7 @@ class Engine:
         FieldError when the plan can't run here.
         """
         self._check_plan(plan, "plan")
-        self._check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan)
+        check_length(len(running.request.prompt), running.request.sampling.max_new_tokens, plan, self.runner.length)
 
         def word() -> None:
             running.schedule = ()
@@ -156,10 +156,25 @@ class Engine:
                 self._follow_schedules()
             except Exception as error:
                 reason = EngineFailed(f"the engine failed: {type(error).__name__}")
-                for running in list(scheduler.running):
-                    self._emit(running, Token.end("error", error=reason))
+                ended = list(scheduler.running)
+                # All have ended before the first is told, so that whoever hears of it can tell which they were.
+                for running in ended:
+                    scheduler.remove(running, wipe=True)
+                for running in ended:
+                    running.emit(Token.end("error", error=reason))
                 raise
             return bool(scheduler.running or scheduler.waiting or self._inbox)
+
+    def close(self, seconds: float) -> bool:
+        """End all requests; the runner may then be another engine's. False where a step doesn't end in that time."""
+        if not self._lock.acquire(timeout=seconds):
+            return False
+        try:
+            for running in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._emit(running, Token.end("cancelled"))
+        finally:
+            self._lock.release()
+        return True
 
     def _follow_schedules(self) -> None:
         for running in list(self._scheduler.running):
@@ -173,7 +188,9 @@ class Engine:
         """What it does now, as far as one can tell beside a step that runs."""
         running = list(self._scheduler.running)
         rows = [row for one in running for row in list(one.rows)]
-        tokens = sum(len(row.tokens) for row in rows)
+        tokens: Counter[int] = Counter()
+        for row in rows:
+            tokens[row.row.home] += len(row.tokens)
         return Load(len(running), len(self._scheduler.waiting), len(rows), tokens)
 
     def check(self, request: Request) -> None:
@@ -189,15 +206,9 @@ class Engine:
                 raise FieldError(field, "unknown tokens", f"token ids 0 to {vocabulary - 1}")
         if sampling.stop and self._decode is None:
             raise FieldError("stop", list(sampling.stop), "none: this engine has no tokenizer")
+        request.check_length(runner.length)
         for field, plan in (("plan", request.plan), *((f"schedule.{at}", plan) for at, plan in request.schedule)):
-            self._check_length(len(request.prompt), sampling.max_new_tokens, plan)
             self._check_plan(plan, field)
-
-    def _check_length(self, prompt: int, new: int, plan: Plan) -> None:
-        if prompt + new + plan.ahead > self.runner.length:
-            candidates = f" and {plan.ahead} candidates to look at" if plan.ahead else ""
-            what = f"{prompt} tokens and {new} new ones{candidates}"
-            raise FieldError("prompt", what, f"at most {self.runner.length} together")
 
     def _check_plan(self, plan: Plan, field: str) -> None:
         for row in plan.rows:

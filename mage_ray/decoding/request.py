@@ -68,9 +68,22 @@ class Request:
                 raise FieldError("schedule", [at for at, _ in self.schedule], "numbers of tokens that rise from 1")
             last = at
 
+    def check_length(self, length: int) -> None:
+        """Raises FieldError where it takes more than ``length`` tokens, whichever of its plans draws."""
+        for plan in (self.plan, *(plan for _, plan in self.schedule)):
+            check_length(len(self.prompt), self.sampling.max_new_tokens, plan, length)
+
     def plan_at(self, generated: int) -> Plan:
         """The plan that draws the token after so many."""
         return next((plan for at, plan in reversed(self.schedule) if at <= generated), self.plan)
+
+
+def check_length(prompt: int, new: int, plan: Plan, length: int) -> None:
+    """Raises FieldError where so many tokens, and what the plan takes beyond them, are more than ``length``."""
+    if prompt + new + plan.ahead > length:
+        candidates = f" and {plan.ahead} candidates to look at" if plan.ahead else ""
+        what = f"{prompt} tokens and {new} new ones{candidates}"
+        raise FieldError("prompt", what, f"at most {length} together")
 
 
 @dataclass(frozen=True)

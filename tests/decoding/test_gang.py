@@ -177,6 +177,12 @@ def test_slots_are_counted_where_they_are(tiny: Valued) -> None:
         want = Engine(tiny.runner(), [258]).generate(requests([guided()] * 5, 0.0))
         # One request at a time fits there: three rows, two of them each.
         assert_same(engine.generate(moved), want)
+        running = engine._add(moved[0], lambda token: None)
+        for _ in range(3):
+            engine.step()
+        held = len(running.rows[0].tokens)
+        assert held > len(moved[0].prompt) and engine.load.tokens == {0: held, 1: 2 * held}
+        engine.cancel(running)
         assert runners.fits([Row(ZERO)] * 3) and runners.fits([Row(ZERO, home=1)] * 3)
         [answer] = engine.generate([replace(moved[0], plan=Plan.of([(BASE, 1.0)]).placed(lambda i: 0))])
         assert answer.error is None

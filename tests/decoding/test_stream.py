@@ -153,6 +153,47 @@ def test_a_failing_forward_tells_every_request_that_runs_and_the_engine_goes_on(
     assert engine.runner.live == 0
 
 
+def test_a_closed_engine_leaves_its_runner_to_another(tiny: Tiny) -> None:
+    engine = tiny.engine(rows=6, stop=())
+    [want] = engine.generate([asked(5)])
+
+    async def main() -> None:
+        streams = [engine.submit(asked(seed, 150)) for seed in range(4)]  # of three rows each: two run and two wait
+        await anext(streams[0])
+        assert await asyncio.to_thread(engine.close, 30)
+        steps = engine.steps
+        assert engine.runner.live == 0
+        another = Engine(engine.runner, ())
+        assert (await another.submit(asked(5)).result()).ids == want.ids
+        assert {(await stream.result()).finished for stream in streams} == {"cancelled"}
+        assert engine.steps <= steps + 1
+
+    asyncio.run(main())
+    assert engine.runner.live == 0
+
+
+def test_a_step_that_hangs_keeps_an_engine_from_closing(tiny: Tiny) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+
+    def decode(tokens: object) -> str:
+        began.set()
+        assert goes_on.wait(30)
+        return ""
+
+    engine = tiny.engine(stop=(), decode=decode)
+
+    async def main() -> None:
+        stream = engine.submit(asked(1))
+        assert await asyncio.to_thread(began.wait, 30)
+        assert not await asyncio.to_thread(engine.close, 0.05)
+        goes_on.set()
+        assert await asyncio.to_thread(engine.close, 30)
+        assert (await stream.result()).finished in ("cancelled", "length")
+
+    asyncio.run(main())
+    assert engine.runner.live == 0
+
+
 def test_a_thread_may_generate_while_streams_run(engine: Engine) -> None:
     expected = [g.ids for g in engine.generate([asked(seed) for seed in range(4)])]
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,25 +42,61 @@ def told(server: Serving, **fields: object) -> str:
     return str(server.post(max_tokens=24, preference=HALF, **fields).json()["choices"][0]["message"]["content"])
 
 
+def answers_across(server: Serving, change: Callable[[], object], revision: str) -> list[str]:
+    """Texts of the answers that had begun when the last revision was still served, and ended when this one was.
+
+    There are always some on their way, from before ``change`` until then.
+    """
+    begun_and_ended: list[tuple[float, float, str]] = []
+    served = threading.Event()
+
+    def read() -> None:
+        while not served.is_set():
+            begun: list[float] = []
+            got = text(server.client(), 7, 0, lambda begun=begun: begun.append(time.monotonic()), method="mage-i-m")  # type: ignore[misc]
+            begun_and_ended.append((begun[0], time.monotonic(), got))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    before, changing = time.monotonic(), threading.Thread(target=change)
+    changing.start()
+
+    def seen() -> bool:
+        nonlocal before
+        asked = time.monotonic()
+        if server.get("/v1/objectives").json()["revision"] == revision:
+            return True
+        before = asked
+        return False
+
+    try:
+        until(seen, 120, "the new revision")
+        after = time.monotonic()
+    finally:
+        served.set()
+        for thread in [*threads, changing]:
+            thread.join(120)
+    return [got for begun, ended, got in begun_and_ended if begun < before and ended > after]
+
+
 def test_new_experts_are_served_and_running_answers_keep_the_old(own: StudyFolder, tmp_path: Path) -> None:
     before = greedy(own)
     with serving(own.path, tmp_path, "length=400", "max_tokens=300", "cpus=1") as server:
         client = server.client()
         assert told(server) == before
         want = text(client, 7, method="mage-i-m")
-        reloaded = threading.Event()
 
         def reload() -> None:
             make_adapter(Path(own.study.model), own.expert("bone", "short"), seed=99, scale=0.4)
             server.process.send_signal(signal.SIGHUP)
-            reloaded.set()
 
-        got = text(client, 7, 3, reload, method="mage-i-m")
-        assert reloaded.is_set() and got == want
+        got = answers_across(server, reload, "2")
+        assert got and set(got) == {want}
         after = greedy(own)
         assert after != before
-        until(lambda: told(server) == after, 60, "the new expert")
-        assert server.get("/v1/objectives").json()["revision"] == "2"
+        assert told(server) == after
         until(lambda: len(server.actors("RowWorker")) == 1, 60, "the old gang's end")
 
         # A study that can't be served is refused, and the last one stays.
@@ -137,10 +173,10 @@ def test_serve_deploy_with_a_new_revision_reloads_in_place(cluster: Serving, own
 
     def reload() -> None:
         make_adapter(Path(own.study.model), own.expert("bone", "short"), seed=99, scale=0.4)
-        threading.Thread(target=deploy, args=(cluster, config, {"revision": "2"}, tmp_path)).start()
+        deploy(cluster, config, {"revision": "2"}, tmp_path)
 
-    assert text(client, 7, 3, reload, method="mage-i-m") == want
-    until(lambda: server.get("/v1/objectives").json()["revision"] == "2", 90, "the new revision")
+    got = answers_across(server, reload, "2")
+    assert got and set(got) == {want}
     assert told(server) == greedy(own) != before
     until(lambda: len(server.actors("RowWorker")) == 1, 60, "the old gang's end")
 
@@ -157,6 +193,6 @@ def test_serve_deploy_with_a_new_revision_reloads_in_place(cluster: Serving, own
     kept = told(server)
     shutil.rmtree(own.expert("soup", "short"))
     deploy(cluster, config, {"revision": "4"}, tmp_path)
-    time.sleep(5)
+    until(lambda: any('"not reloaded"' in log for log in server.logs()), 60, "the refusal")
     assert told(server) == kept and server.get("/v1/objectives").json()["revision"] == "3"
     assert [one.pid for one in server.actors("ServeReplica")] == [replica]

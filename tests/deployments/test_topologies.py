@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from studies import add_value_models, trained_study
 from tiny import make_tiny_model
 
 from mage_ray.decoding.methods import METHODS
+from mage_ray.decoding.request import Sampling
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import Generator, load_experts
 
@@ -87,8 +89,12 @@ def test_another_model_guides(study: StudyFolder, larger: StudyFolder, tmp_path:
     with serving(study.path, tmp_path, f"guide_study={larger.path}", "cpus=1", "length=200") as server:
         fields = {"max_tokens": TOKENS, "logprobs": True, "strength": strength, "candidates": candidates}
         got = server.post(preference=preference, **fields).json()
+        unguided = server.post(preference=preference, method="mod", max_tokens=TOKENS).json()
     assert got["mage"]["topology"] == "split" and [row["home"] for row in got["mage"]["rows"]] == [0, 1, 1]
     own, other = Generator.open(study.path, rows=4, length=200), of_study(larger)
+    sampling = Sampling(TOKENS, 0.0)
+    [want] = own.generate([PROMPT[0]["content"]], preference, "mod", sampling=sampling)
+    assert unguided["choices"][0]["message"]["content"] == want.text
     sequence = list(own.chat.encode(PROMPT[0]["content"]))
     base = own.plan(preference, "bone-soup")
     guide = Generator.open(larger.path, rows=4, length=200).plan(preference, "rewarded-soup")
@@ -106,6 +112,20 @@ def test_another_model_guides(study: StudyFolder, larger: StudyFolder, tmp_path:
     logprobs = [token["logprob"] for token in got["choices"][0]["logprobs"]["content"]]
     assert logprobs == pytest.approx(expected, abs=1e-3)
     assert got["choices"][0]["message"]["content"] == own.chat.decode(sequence[-TOKENS:])
+
+
+def test_only_the_guides_rows_go_to_another_model(study: StudyFolder, larger: StudyFolder) -> None:
+    from deployments.options import Options
+    from deployments.service import Service, Setting
+
+    def homes(method: str, **options: Any) -> list[int]:
+        service = Service(Options(study=str(study.path), **options), str(study.path))
+        return [row.home for row in service.plan(Setting((0.3, 0.7), method)).rows]
+
+    other: dict[str, Any] = {"guide_study": str(larger.path), "guides": 2}
+    assert homes("mod", **other) == [0, 0] and homes("mod", guides=2) == [0, 1]
+    assert homes("mage-i-e", **other) == homes("mage-i-e", guides=2) == [0, 1, 2, 1]
+    assert homes("mage-i-e") == [0, 0, 0, 0] and homes("bone-soup", **other) == [0]
 
 
 def test_a_guide_with_another_tokenizer_is_refused(study: StudyFolder, tmp_path: Path) -> None:
