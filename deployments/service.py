@@ -16,7 +16,7 @@ from deployments.options import Options
 from deployments.protocol import Asked, PatchRequest, Prompt, check_preferences, check_served
 from deployments.workers import Part
 from mage_ray.chat import Chat
-from mage_ray.decoding.methods import EXPLICIT, METHODS, Strength, plan_for
+from mage_ray.decoding.methods import EXPLICIT, KNOWN, Strength, plan_for, planned_at
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Request, Sampling
 from mage_ray.decoding.seeds import derived_seed
@@ -55,7 +55,7 @@ class Service:
         self.objectives = self.study.objective_names
         self._sets = tuple(needed_sets(self.folder, self.study))
         self._setup = bank_setup(self.study, self._sets)
-        self.experts = [f"{name}-{objective}" for name in self._sets for objective in self.objectives]
+        self.experts = [f"{name}-{member}" for name in self._sets for member in self.study.members(name)]
         self.chat = Chat(load_tokenizer(self.study.model), None, self.study.system)
         self._encoding = Lock()  # which may set a tokenizer up anew, and so not in two threads at once
         self._guides: Service | None = None
@@ -89,12 +89,13 @@ class Service:
         return cls(options, study, config.get("recipe", options.recipe if study == options.study else None))
 
     def _methods(self) -> dict[str, Plan]:
-        """Those that this study has the experts for, each with its plan at equal weights."""
+        """Those that this study has the experts for, each with its plan at equal weights, or where it has one."""
         equal = (1 / len(self.objectives),) * len(self.objectives)
         plans = {}
-        for name in METHODS:
+        for name in KNOWN:
             try:
-                plans[name] = self.plan(Setting(equal, name))
+                preferences = planned_at(name, self._setup) or [equal]
+                plans[name] = self.plan(Setting(preferences[0], name))
             except FieldError as error:
                 if error.field != "method":
                     raise
@@ -229,10 +230,7 @@ class Service:
                 {"name": name, "type": spec.type, "direction": "maximise" if sign > 0 else "minimise"}
                 for (name, spec), sign in zip(study.objectives.items(), signs, strict=True)
             ],
-            "methods": [
-                {"name": name, "guided": bool(plan.values), "rows": len(plan.rows)}
-                for name, plan in self.methods.items()
-            ],
+            "methods": [self._described(name, plan) for name, plan in self.methods.items()],
             "defaults": {
                 "method": self.method,
                 "strength": self._told(self._setup.strength),
@@ -253,6 +251,13 @@ class Service:
             "topology": self.topology,
             "revision": revision,
         }
+
+    def _described(self, method: str, plan: Plan) -> dict[str, Any]:
+        """A method; with the preferences that it is for, where these are not all."""
+        told: dict[str, Any] = {"name": method, "guided": bool(plan.values), "rows": len(plan.rows)}
+        if (preferences := planned_at(method, self._setup)) is not None:
+            told["preferences"] = [self.named(preference) for preference in preferences]
+        return told
 
     def provenance(self) -> dict[str, Any] | None:
         """The recipe's method and, where a search wrote it, what is to be told of that; None without a recipe."""

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_study(verb("demo", _demo, "Train and evaluate on the embedded model, and show three answers."), DEMO)
     takes_study(verb("train", _train, "Sample the rollout pool and train the experts."))
     takes_study(verb("values", _values, "Train explicit value models on the rollout pool, and measure them."))
+    takes_study(verb("baselines", _baselines, "Train the policies and reward models of baselines on the rollout pool."))
     evaluate = verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
     takes_study(evaluate)
     evaluate.add_argument("--recipe", metavar="FILE", help="one more to compare: a search's recipe")
@@ -119,6 +120,12 @@ def _values(options: argparse.Namespace) -> None:
     jobs.values(*jobs.open_study(options.study, options.folder), _console())
 
 
+def _baselines(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.baselines(*jobs.open_study(options.study, options.folder), _console())
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from mage_ray import jobs
 
@@ -139,7 +146,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from mage_ray.decoding.methods import METHODS
+    from mage_ray.decoding.methods import KNOWN
     from mage_ray.decoding.plan import Cadence
     from mage_ray.decoding.request import Sampling
     from mage_ray.folder import StudyFolder
@@ -152,8 +159,8 @@ def _generate(options: argparse.Namespace) -> None:
     recipe = own_recipe(study, "mage-i-m") if options.recipe is None else load_recipe(options.recipe)
     recipe.applied(study)
     method = options.method or recipe.method
-    if method not in METHODS:
-        raise FieldError("method", method, f"one of {', '.join(METHODS)}")
+    if method not in KNOWN:
+        raise FieldError("method", method, f"one of {', '.join(KNOWN)}")
     temperature, top_p = (0.7, 1.0) if options.recipe is None else (recipe.temperature, recipe.top_p)
     temperature = temperature if options.temperature is None else options.temperature
     top_p = top_p if options.top_p is None else options.top_p

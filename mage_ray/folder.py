@@ -18,6 +18,7 @@ class StudyFolder:
 
     study.yaml, betas.json (where training chose some), rollouts/*.parquet and rollouts/normalisation.json,
     experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads),
+    baselines/<set>-<preference or objective>/ (adapters),
     evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
     """
 
@@ -30,6 +31,7 @@ class StudyFolder:
         self.chosen = self.path / "betas.json"
         self.checkpoints = self.path / "checkpoints"
         self.values = self.path / "values"
+        self.baselines = self.path / "baselines"
         self.evaluation = self.path / "evaluation"
         self.analysis = self.path / "analysis"
         self.report = self.path / "report"
@@ -57,6 +59,10 @@ class StudyFolder:
         """The value model of an objective in a set of value models."""
         return self.values / f"{set}-{objective}"
 
+    def baseline(self, set: str, member: str) -> Path:
+        """One of a set of baselines, by its preference's label or its objective (``Study.members``)."""
+        return self.baselines / f"{set}-{member}"
+
     def expert(self, backbone: str, objective: str) -> Path:
         """The adapter of the row of ``backbone``'s mix that belongs to ``objective``."""
         return self.experts / f"{backbone}-{objective}"
@@ -66,7 +72,8 @@ class StudyFolder:
         """The folder for ``study``, made if it isn't there.
 
         Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
-        ``evaluation``, ``analysis`` and ``search`` may differ from what it was made with, and ``values`` may gain sets.
+        ``evaluation``, ``strategies``, ``analysis`` and ``search`` may differ from what it was made with, and
+        ``values`` and ``baselines`` may gain sets.
         """
         folder = cls(path)
         if folder.study_file.exists():

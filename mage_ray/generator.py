@@ -11,7 +11,7 @@ import numpy as np
 
 from mage_ray.chat import Chat
 from mage_ray.decoding.engine import Engine
-from mage_ray.decoding.methods import Backbones, Setup, Strength, plan_for
+from mage_ray.decoding.methods import PER_PREFERENCE, Backbones, Setup, Strength, plan_for
 from mage_ray.decoding.plan import Cadence, Plan, Row
 from mage_ray.decoding.request import Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
@@ -178,31 +178,39 @@ _SCORED_AT_ONCE = 16
 
 
 def needed_sets(folder: StudyFolder, study: Study) -> list[str]:
-    """The sets that a study's methods draw on, value models only where they are trained."""
+    """The sets that a study's methods draw on, value models and baselines only where they are trained."""
     n = len(study.objectives)
     backbones = study.training.backbones
     single = [name for name, spec in backbones.items() if np.array_equal(spec.mix(n), np.eye(n))][:1]
     wanted = {study.guidance.base, study.guidance.guide, *single}
     valued = [] if study.value_set is None else [study.value_set]
-    return [name for name in backbones if name in wanted] + [name for name in valued if is_valued(folder, study, name)]
+    chosen = study.guidance.baselines
+    more = [*valued, *(study.baselines if chosen is None else chosen)]
+    return [name for name in backbones if name in wanted] + [name for name in more if is_trained(folder, study, name)]
 
 
-def is_valued(folder: StudyFolder, study: Study, name: str) -> bool:
-    """Whether a set of value models is trained."""
-    return all(folder.value(name, objective).is_dir() for objective in study.objective_names)
+def is_trained(folder: StudyFolder, study: Study, name: str) -> bool:
+    """Whether all experts of a set are there."""
+    return all(place.is_dir() for place in set_places(folder, study, name))
 
 
 def bank_setup(study: Study, sets: Sequence[str]) -> Setup:
     """What a study's methods draw on, with a bank that holds the experts of ``sets``, one set after the other."""
     n, guidance = len(study.objectives), study.guidance
-    members = {}
-    for i, name in enumerate(sets):
-        valued = name in study.values
-        mix = np.eye(n) if valued else study.training.backbones[name].mix(n)
-        members[name] = Backbones(tuple(range(i * n, (i + 1) * n)), mix, valued)
+    members: dict[str, Backbones] = {}
+    size = 0
+    for name in sets:
+        mix, baseline = np.eye(n), None
+        if name in study.training.backbones:
+            mix = study.training.backbones[name].mix(n)
+        elif name in study.baselines:
+            baseline = study.baselines[name].kind
+            mix = np.array(study.baseline_grid(name)) if baseline in PER_PREFERENCE else mix
+        members[name] = Backbones(tuple(range(size, size + len(mix))), mix, name in study.values, baseline)
+        size += len(mix)
     spec = study.value_spec
     return Setup(
-        size=n * len(sets),
+        size=size,
         sets=members,
         base=guidance.base,
         guide=guidance.guide,
@@ -224,7 +232,7 @@ def _strength(study: Study, given: float | Mapping[str, float]) -> Strength:
 
 
 def load_experts(folder: StudyFolder, study: Study, sets: Sequence[str] | None = None) -> dict[str, list[Adapter]]:
-    """The adapters of each of ``sets`` (those that the study needs), in the order of the objectives.
+    """The adapters of each of ``sets`` (those that the study needs), in the order of ``Study.members``.
 
     Raises UserError when one is missing or has no head.
     """
@@ -239,9 +247,9 @@ def load_experts(folder: StudyFolder, study: Study, sets: Sequence[str] | None =
 
 
 def set_places(folder: StudyFolder, study: Study, name: str) -> list[Path]:
-    """Where the experts of a set lie, in the order of the objectives."""
-    place = folder.value if name in study.values else folder.expert
-    return [place(name, objective) for objective in study.objective_names]
+    """Where the experts of a set lie, in the order of ``Study.members``."""
+    place = folder.value if name in study.values else folder.baseline if name in study.baselines else folder.expert
+    return [place(name, member) for member in study.members(name)]
 
 
 def set_digests(folder: StudyFolder, study: Study, name: str) -> list[list[str]]:

@@ -95,6 +95,22 @@ def values(study: Study, folder: StudyFolder, console: Console) -> None:
     console.print(table)
 
 
+def baselines(study: Study, folder: StudyFolder, console: Console) -> None:
+    """Train what the study's baselines need, on its pool, and print what is there."""
+    from mage_ray.cluster import connected
+    from mage_ray.progress import shown
+    from mage_ray.training.baselines import check_baselines, train_baselines
+    from mage_ray.training.rollouts import sample_pool
+
+    check_baselines(study)
+    with connected():
+        with shown(console, "rollouts") as progress:
+            sample_pool(study, folder, progress=progress)
+        train_baselines(study, folder, console)
+    for name, spec in study.baselines.items():
+        console.print(f"{name} ({spec.kind}): {', '.join(study.members(name))}", highlight=False)
+
+
 def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path | str | None = None) -> Summary:
     """Generate and score the evaluation's grid, a recipe beside the methods; write the report, print the table."""
     from mage_ray.cluster import connected

@@ -66,7 +66,12 @@ def parse_preference(text: str, objectives: Sequence[str], field: str = "prefere
     return named_preference(weights, objectives, field)
 
 
-def preference_grid(objectives: int, points: int | None = None) -> list[Preference]:
+def preference_label(preference: Preference) -> str:
+    """A preference as part of a file's name: its weights to six digits, ``0.7-0.3``."""
+    return "-".join(f"{weight:.6g}" for weight in preference)
+
+
+def preference_grid(objectives: int, points: int | None = None, field: str = "evaluation.grid") -> list[Preference]:
     """A grid on the simplex of ``objectives`` corners.
 
     ``points`` None gives the grids of the Bone Soup reference code: 11 points for two objectives, 13 for three
@@ -74,7 +79,7 @@ def preference_grid(objectives: int, points: int | None = None) -> list[Preferen
     edge plus one, so for two objectives the number of points. Order: for two objectives from the second's corner to
     the first's.
 
-    Raises FieldError when ``points`` is under 2 or there are fewer than two objectives.
+    Raises FieldError when ``points``, given as ``field``, is under 2 or there are fewer than two objectives.
     """
     if objectives < 2:
         raise FieldError("objectives", objectives, "two or more")
@@ -83,7 +88,7 @@ def preference_grid(objectives: int, points: int | None = None) -> list[Preferen
             return [tuple(float(x) for x in point) for point in _PAPER_GRID_3]
         points = 11 if objectives == 2 else 5
     if points < 2:
-        raise FieldError("evaluation.grid", points, "2 or more points on an edge")
+        raise FieldError(field, points, "2 or more points on an edge")
     steps = points - 1
     heads = product(range(points), repeat=objectives - 1)
     return [tuple(k / steps for k in (*head, steps - sum(head))) for head in heads if sum(head) <= steps]

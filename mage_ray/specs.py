@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mage_ray.decoding.methods import EXPLICIT, METHODS
+from mage_ray.decoding.methods import EXPLICIT, KNOWN, METHODS, PER_PREFERENCE, Baseline
 from mage_ray.decoding.plan import Cadence
 from mage_ray.errors import FieldError
+from mage_ray.evaluation.strategies import STRATEGIES
 from mage_ray.fields import Part
 from mage_ray.merging.coefficient_map import MAX_DEGREE, CoefficientMap
 from mage_ray.merging.coefficients import check_mix, circulant_mix
@@ -149,6 +150,28 @@ class ValuesSpec(Part):
     """Whether all value models start from one LoRA and head, on which their merge rests, or each from its own."""
 
 
+class BaselineSpec(Part):
+    """What only a baseline needs, trained on the rollout pool. What isn't said here is as in ``training``.
+
+    ``morlhf`` and ``modpo`` are a policy for each preference of a grid, ``arm`` an autoregressive reward model for each
+    objective (GenARM's).
+    """
+
+    kind: Baseline
+    grid: int | list[list[float]] | None = None
+    """Of the preferences, as in ``evaluation``; None for the one there."""
+    steps: Positive | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    kl_strength: float | None = Field(default=None, gt=0)
+    """Of a reward model: GenARM's ``beta_r``."""
+
+    @model_validator(mode="after")
+    def _grid_of_policies(self) -> BaselineSpec:
+        if self.grid is not None and self.kind not in PER_PREFERENCE:
+            raise FieldError("grid", self.grid, f"nothing for {self.kind}, which has one model for each objective")
+        return self
+
+
 class MapSpec(Part):
     """A map from preferences to coefficients by its control points (``merging.coefficient_map``)."""
 
@@ -176,6 +199,9 @@ class GuidanceSpec(Part):
     """The explicit value models; the first set of ``values`` unless given."""
     head: Literal["scalar", "vocabulary"] | None = None
     """Which of their heads guides; the one that they were trained with unless given. A vocabulary head has both."""
+    baselines: list[Name] | None = None
+    """The sets of ``baselines`` that methods draw on, the first of each kind; None for all. Each that is there slows
+    every row down a little: they share one bank."""
     strength: NotNegative | dict[str, NotNegative] = 1.0
     """One for all, or one for each objective, of which a preference gets the mean that it weighs."""
     value_strength: NotNegative | dict[str, NotNegative] = 8.0
@@ -207,6 +233,30 @@ class GuidanceSpec(Part):
         return self
 
 
+class StrategySpec(Part):
+    """Constants of the evaluation's methods that search on top of a plan (``mage_ray.evaluation.strategies``)."""
+
+    method: str = "mage-i-m"
+    """Whose base draws the candidates and whose guide ranks them."""
+    strength: NotNegative = 0.0
+    """At which the guide takes part in drawing; at 0 it only ranks."""
+    n: Positive = 8
+    """Samples of best-of-n."""
+    width: Positive = 2
+    """Beams that go on."""
+    expansions: Positive = 4
+    """Continuations of each."""
+    chunk: Positive = 8
+    """Tokens of a continuation."""
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in KNOWN:
+            raise ValueError(f"one of {', '.join(KNOWN)}")
+        return method
+
+
 class EvaluationSpec(SamplingSpec):
     methods: list[str] = Field(default_factory=lambda: [m for m in METHODS if m not in EXPLICIT], min_length=1)
     grid: int | list[list[float]] | None = None
@@ -223,9 +273,10 @@ class EvaluationSpec(SamplingSpec):
     @field_validator("methods")
     @classmethod
     def _known(cls, methods: list[str]) -> list[str]:
+        allowed = [*KNOWN, *STRATEGIES]
         for method in methods:
-            if method not in METHODS:
-                raise ValueError(f"{method!r} is not a method; allowed: {', '.join(METHODS)}")
+            if method not in allowed:
+                raise ValueError(f"{method!r} is not a method; allowed: {', '.join(allowed)}")
         return methods
 
 

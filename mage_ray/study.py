@@ -11,18 +11,21 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from mage_ray.decoding.methods import PER_PREFERENCE
 from mage_ray.errors import FieldError, UserError
 from mage_ray.fields import Part, one_line
-from mage_ray.preference import Preference, check_preference, preference_grid
+from mage_ray.preference import Preference, check_preference, preference_grid, preference_label
 from mage_ray.search.spec import SearchSpec
 from mage_ray.specs import (
     AnalysisSpec,
+    BaselineSpec,
     EvaluationSpec,
     GuidanceSpec,
     Name,
     ObjectiveSpec,
     PromptSpec,
     RolloutSpec,
+    StrategySpec,
     TrainingSpec,
     ValuesSpec,
 )
@@ -48,8 +51,11 @@ class Study(Part):
     training: TrainingSpec = TrainingSpec()
     values: dict[Name, ValuesSpec] = Field(default_factory=dict)
     """Sets of explicit value models by their names; none for a study without."""
+    baselines: dict[Name, BaselineSpec] = Field(default_factory=dict)
+    """Sets of policies and reward models that only baselines need, by their names; none for a study without."""
     guidance: GuidanceSpec = GuidanceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    strategies: StrategySpec = StrategySpec()
     analysis: AnalysisSpec = AnalysisSpec()
     search: SearchSpec = SearchSpec()
 
@@ -76,6 +82,14 @@ class Study(Part):
         for name in self.values:
             if name in self.training.backbones:
                 raise FieldError("values", name, "a name that no set of training.backbones has")
+        for name in self.baselines:
+            if name in self.training.backbones or name in self.values:
+                raise FieldError("baselines", name, "a name that no set of training.backbones or of values has")
+            self.baseline_grid(name)
+        for i, name in enumerate(self.guidance.baselines or ()):
+            if name not in self.baselines:
+                allowed = f"one of {', '.join(self.baselines) or 'none: there are none'}"
+                raise FieldError(f"guidance.baselines.{i}", name, allowed)
         self._check_guide()
         for role in ("base", "guide"):
             value = getattr(self.guidance, role)
@@ -116,6 +130,18 @@ class Study(Part):
     def evaluation_grid(self) -> list[Preference]:
         return self._grid("evaluation.grid", self.evaluation.grid)
 
+    def baseline_grid(self, name: str) -> list[Preference]:
+        """The preferences that a set of baselines has a policy for, each once."""
+        spec = self.baselines[name]
+        grid = self.evaluation_grid() if spec.grid is None else self._grid(f"baselines.{name}.grid", spec.grid)
+        return list({preference_label(preference): preference for preference in grid}.values())
+
+    def members(self, set: str) -> list[str]:
+        """What the experts of a set are told apart by: the objectives, or the preferences of a baseline's policies."""
+        if set in self.baselines and self.baselines[set].kind in PER_PREFERENCE:
+            return [preference_label(preference) for preference in self.baseline_grid(set)]
+        return self.objective_names
+
     def with_betas(self, betas: Mapping[str, float]) -> Study:
         """The same with the beta of these backbone sets decided."""
         sets = {
@@ -131,7 +157,7 @@ class Study(Part):
     def _grid(self, field: str, grid: int | list[list[float]] | None) -> list[Preference]:
         if isinstance(grid, list):
             return [check_preference(p, self.objective_names, f"{field}.{i}") for i, p in enumerate(grid)]
-        return preference_grid(len(self.objectives), grid)
+        return preference_grid(len(self.objectives), grid, field)
 
     def reference_point(self) -> list[float]:
         point = self.evaluation.reference_point

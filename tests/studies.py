@@ -88,3 +88,11 @@ def add_value_models(folder: StudyFolder, model: Path, hidden: int = 32, scale: 
         head = {part: scale * torch.randn(shape, generator=dice) for part, shape in shapes.items()}
         save_file(head, place / HEAD_FILE)
         (place / ORIGIN_FILE).write_text(json.dumps(model_origin(str(model))))
+
+
+def add_baselines(folder: StudyFolder, model: Path) -> None:
+    """All of the study's sets of baselines, as training leaves them, but random."""
+    study = folder.study
+    places = [folder.baseline(name, member) for name in study.baselines for member in study.members(name)]
+    for i, place in enumerate(places):
+        make_adapter(model, place, seed=50 + i, scale=0.2)

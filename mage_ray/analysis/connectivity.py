@@ -24,7 +24,7 @@ from mage_ray.decoding.plan import Row
 from mage_ray.errors import UserError
 from mage_ray.evaluation.summary import Interval
 from mage_ray.folder import StudyFolder
-from mage_ray.generator import is_valued
+from mage_ray.generator import is_trained
 from mage_ray.progress import shown
 from mage_ray.study import Study
 
@@ -69,7 +69,7 @@ class Connected:
 
 def connectivity(study: Study, folder: StudyFolder, console: Console | None = None) -> list[Connected]:
     """Each trained set's. Ray must be connected. Raises UserError when there is none."""
-    trained = [name for name in study.values if is_valued(folder, study, name)]
+    trained = [name for name in study.values if is_trained(folder, study, name)]
     if not trained:
         raise UserError("analyse connectivity: no value models, allowed: a study with trained ones (mage-ray values)")
     return [_of_set(study, folder, name, console) for name in trained]

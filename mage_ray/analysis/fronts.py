@@ -11,7 +11,7 @@ from mage_ray.evaluation.cells import make_cells
 from mage_ray.evaluation.evaluate import evaluate_cells
 from mage_ray.evaluation.summary import Summary, summarise
 from mage_ray.folder import StudyFolder
-from mage_ray.generator import bank_setup, is_valued
+from mage_ray.generator import bank_setup, is_trained
 from mage_ray.merging.coefficients import Vector
 from mage_ray.progress import shown
 from mage_ray.study import Study
@@ -26,7 +26,7 @@ Planner = Callable[[Vector], Plan]
 
 def whole_setup(study: Study, folder: StudyFolder) -> Setup:
     """What plans may draw on here: every set of the study that is trained, not only those that its guidance names."""
-    valued = [name for name in study.values if is_valued(folder, study, name)]
+    valued = [name for name in study.values if is_trained(folder, study, name)]
     return bank_setup(study, [*study.training.backbones, *valued])
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,11 +19,15 @@ from mage_ray.decoding.plan import Cadence, Plan, Row
 from mage_ray.errors import FieldError
 from mage_ray.merging.coefficient_map import CoefficientMap
 from mage_ray.merging.coefficients import Vector, extrapolated, merging_coefficients
+from mage_ray.preference import TOLERANCE, Preference
 
 if TYPE_CHECKING:
     from mage_ray.merging.value_head import Kind
 
 Terms = list[tuple[Vector | Row, float]]
+
+Baseline = Literal["morlhf", "modpo", "arm"]
+"""What a set that only a baseline draws on was trained as (``mage_ray.training.baselines``)."""
 
 Strength = float | tuple[float, ...]
 """w: for all preferences, or [n], one for each objective, of which a preference mu gets ``w . mu`` (derived)."""
@@ -31,19 +35,22 @@ Strength = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Backbones:
-    """A set of experts in the bank: ``experts[i]`` is the bank's index of the expert trained on row i of ``mix``.
+    """A set of experts in the bank: ``experts[i]`` is the bank's index of the one trained on row i of ``mix`` [m, n].
 
-    Those of a set of value models are no policies.
+    Those of a set of value models are no policies. Those of a ``baseline`` are merged with nothing: policies, each
+    trained for the preference that is its row, or autoregressive reward models, one for each objective.
     """
 
     experts: tuple[int, ...]
     mix: np.ndarray
     value_models: bool = False
+    baseline: Baseline | None = None
 
     @property
     def single(self) -> bool:
-        """Whether each expert is a policy that was trained on one objective alone."""
-        return not self.value_models and bool(np.array_equal(self.mix, np.eye(len(self.mix))))
+        """Whether each expert is a policy that was trained on one objective alone, to be merged."""
+        n = self.mix.shape[1]
+        return not self.value_models and self.baseline is None and bool(np.array_equal(self.mix, np.eye(n)))
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,15 @@ class Setup:
                 return backbones
         raise FieldError("method", "one that mixes single-objective experts", "a study with a backbone set of B = I")
 
+    def baseline_set(self, baseline: Baseline) -> Backbones:
+        """The first set that was trained as this baseline. Raises FieldError when none was."""
+        for backbones in self.sets.values():
+            if backbones.baseline == baseline:
+                return backbones
+        raise FieldError(
+            "method", f"one that needs {baseline}", f"a study whose {baseline} is trained (mage-ray baselines)"
+        )
+
     def value_set(self) -> str:
         """The name of the set of explicit value models. Raises FieldError when there are none."""
         if self.values is None:
@@ -204,13 +220,15 @@ whose parameters (a value model's head included) or whose scores are mixed by ``
 def steered(base: str, guide: str | None, mu: Vector, setup: Setup) -> Plan:
     """A base by its name in ``BASES``, steered by a guide by its name in ``GUIDES``, or alone."""
     coefficients = BASES[base](mu, setup)
-    if guide is None:
-        return Plan.of([(coefficients, 1.0)])
+    return Plan.of([(coefficients, 1.0)]) if guide is None else _steered(coefficients, GUIDES[guide], mu, setup)
+
+
+def _steered(base: Vector, guide: Callable[[Vector, Setup], Terms], mu: Vector, setup: Setup) -> Plan:
+    """A base steered by a guide, wherever its rows live."""
     if setup.guides is None:
-        return setup.guided(coefficients, GUIDES[guide](mu, setup), mu)
-    terms = GUIDES[guide](mu, setup.guides)
-    rows = [(term if isinstance(term, Row) else Row(tuple(term)), weight) for term, weight in terms]
-    return setup.guided(coefficients, [(replace(row, home=1), weight) for row, weight in rows], mu)
+        return setup.guided(base, guide(mu, setup), mu)
+    rows = [(term if isinstance(term, Row) else Row(tuple(term)), weight) for term, weight in guide(mu, setup.guides)]
+    return setup.guided(base, [(replace(row, home=1), weight) for row, weight in rows], mu)
 
 
 def extrapolated_soup(mu: Vector, setup: Setup) -> Plan:
@@ -240,11 +258,60 @@ EXPLICIT = ("mage-e-m", "mage-e-e")
 """Methods for studies with explicit value models."""
 
 
+def own_policy(baseline: Baseline, mu: Vector, setup: Setup) -> Plan:
+    """The policy that was trained for this very preference. Raises FieldError, naming those that were, for another."""
+    trained = setup.baseline_set(baseline)
+    apart_M = np.abs(trained.mix - np.asarray(mu)).max(axis=1)
+    if apart_M.min() > TOLERANCE:
+        listed = ", ".join(f"({', '.join(f'{weight:g}' for weight in row)})" for row in trained.mix.tolist())
+        got = f"({', '.join(f'{weight:g}' for weight in mu)})"
+        raise FieldError("preference", got, f"those that {baseline} was trained for: {listed}")
+    return Plan.of([(setup.over_bank(trained, np.eye(len(apart_M))[apart_M.argmin()]), 1.0)])
+
+
+def _reward_models(mu: Vector, setup: Setup) -> Terms:
+    models = setup.baseline_set("arm")
+    return [(setup.over_bank(models, unit), float(x)) for unit, x in zip(np.eye(len(mu)), mu, strict=True)]
+
+
+def genarm(mu: Vector, setup: Setup) -> Plan:
+    """The reference guided by autoregressive reward models: ``log pi_ref + w sum_i mu_i log pi_i`` (arXiv:2410.08193).
+
+    No reference is subtracted, so the weights add up to 1 + w; what temperature means then is said at ``Plan``.
+    """
+    return _steered(_reference(mu, setup), _reward_models, mu, setup)
+
+
+PER_PREFERENCE: tuple[Baseline, ...] = ("morlhf", "modpo")
+"""Baselines, and methods of the same names, that are a policy for each of some preferences."""
+
+BASELINES: dict[str, Callable[[Vector, Setup], Plan]] = {
+    **{name: partial(own_policy, name) for name in PER_PREFERENCE},
+    "genarm": genarm,
+}
+"""Methods for studies that have trained what nothing else draws on (``study.baselines``)."""
+
+KNOWN = METHODS | BASELINES
+"""Every method that has plans."""
+
+
+def planned_at(method: str, setup: Setup) -> list[Preference] | None:
+    """The preferences that a method has a plan for; None for all. Raises FieldError when nothing was trained for it."""
+    for baseline in PER_PREFERENCE:
+        if method == baseline:
+            return [tuple(row) for row in setup.baseline_set(baseline).mix.tolist()]
+    return None
+
+
 def plan_for(method: str, mu: Vector, setup: Setup) -> Plan:
-    """The plan of a method by its name. Raises FieldError for a name that isn't one."""
-    if method not in METHODS:
-        raise FieldError("method", method, f"one of {', '.join(METHODS)}")
-    return METHODS[method](mu, setup)
+    """The plan of a method by its name in ``KNOWN``.
+
+    Raises FieldError: for a name that isn't there, for experts that the method needs and that aren't, or for a
+    preference that it isn't trained for.
+    """
+    if method not in KNOWN:
+        raise FieldError("method", method, f"one of {', '.join(KNOWN)}")
+    return KNOWN[method](mu, setup)
 
 
 def compact(plans: Sequence[Plan], setup: Setup) -> tuple[list[str], list[Plan]]:

@@ -83,8 +83,10 @@ class Plan:
     """``log pi(a|s) = sum_r weights[r] * S_r(s, a) - log Z(s)``, S a row's log-probability or, of a value model, value.
 
     With ``candidates`` set, ``a`` ranges over that many most likely tokens of ``rows[0]``, the base; else over the
-    whole vocabulary. The temperature divides the sum, so where the weights add up to S the temperature of a single row
-    would be ``temperature / S``; the weights of every method here add up to 1.
+    whole vocabulary. The temperature T divides the sum: where the weights add up to S, the rows' weighted mean is drawn
+    from at ``T / S``. The weights of a method add up to 1, but for those of reward models without a reference
+    (GenARM), which add up to 1 + w: their mean is drawn from at ``T / (1 + w)``, as its authors set it, and at T = 1
+    the draw is from ``pi_base prod_i pi_i^(w mu_i)``.
 
     ``values``, one for each row, make up the guide's own score ``G(s, a) = sum_r values[r] * S_r(s, a)``, with values
     centred over the candidates; empty where the plan has no guide. ``cadence`` says when the guide runs, ``valued``

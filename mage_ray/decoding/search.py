@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mage_ray.decoding.engine import Engine
-from mage_ray.decoding.request import FinishReason, Generation, Request
+from mage_ray.decoding.request import FinishReason, Generation, Request, Token
 from mage_ray.decoding.seeds import derived_seed
 from mage_ray.decoding.stream import Stream
 from mage_ray.decoding.text import Decode, TextStream
@@ -38,6 +39,65 @@ def search(engine: Engine, strategy: Strategy) -> Generation:
     except StopIteration as end:
         answer: Generation = end.value
         return answer
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the strategy at ``place`` has come to, and all generations that were drawn for it."""
+
+    place: int
+    answer: Generation
+    drawn: tuple[Generation, ...]
+
+
+@dataclass(eq=False)
+class _Search:
+    """A strategy under way: the requests of its round, and what has been drawn for it before."""
+
+    place: int
+    strategy: Strategy
+    requests: list[Request]
+    drawn: tuple[Generation, ...] = ()
+
+    def told(self, generations: list[Generation]) -> Found | None:
+        """What became of the round; None where another one follows. Raises what the strategy raises."""
+        self.drawn += tuple(generations)
+        try:
+            self.requests = self.strategy.send(generations)
+        except StopIteration as end:
+            return Found(self.place, end.value, self.drawn)
+        return None
+
+
+def search_all(engine: Engine, strategies: Sequence[Strategy], at_once: int | None = None) -> Iterator[Found]:
+    """The answer of each strategy, as they come.
+
+    ``at_once`` of them (None: all) are under way at a time, and their rounds are one batch. Few at a time leave the
+    runner room to keep what the next round goes on from. Raises what a strategy raises.
+    """
+    waiting = deque(enumerate(strategies))
+    under_way: list[_Search] = []
+    while waiting or under_way:
+        while waiting and (at_once is None or len(under_way) < at_once):
+            place, strategy = waiting.popleft()
+            under_way.append(_Search(place, strategy, next(strategy)))
+        asked = [(one, request) for one in under_way for request in one.requests]
+        tokens: list[list[Token]] = [[] for _ in asked]
+        of: dict[_Search, list[int]] = {one: [] for one in under_way}
+        for index, (one, _) in enumerate(asked):
+            of[one].append(index)
+        left = {one: len(indices) for one, indices in of.items()}
+        under_way = []
+        for index, token in engine.events([request for _, request in asked]):
+            one = asked[index][0]
+            tokens[index].append(token)
+            left[one] -= token.finished is not None
+            if token.finished is None or left[one]:
+                continue
+            if (found := one.told([Generation.of(tokens[i]) for i in of[one]])) is not None:
+                yield found
+            else:
+                under_way.append(one)
 
 
 async def asearch(engine: Engine, strategy: Strategy) -> Generation:
@@ -71,6 +131,12 @@ async def _result(stream: Stream) -> Generation:
         return await stream.result()
     except UserError as error:
         return Generation((), (), "error", error=error)
+
+
+def drawn_once(request: Request) -> Strategy:
+    """One draw of a request as it is. Raises its error, where it ends with one."""
+    [answer] = yield [request]
+    return answer.require()
 
 
 def best_of(request: Request, n: int) -> Strategy:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mage_ray.chat import conversation
 from mage_ray.decoding.methods import Setup, compact
 from mage_ray.decoding.plan import Plan, Row
-from mage_ray.decoding.request import Generation, Request, Sampling, Token
+from mage_ray.decoding.request import Generation, Request, Sampling
+from mage_ray.decoding.search import Found, search_all
 from mage_ray.errors import UserError
+from mage_ray.evaluation.strategies import Beams, Way
 from mage_ray.files import atomic_path
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import Generator, load_experts, set_digests
@@ -45,6 +49,7 @@ class Cell:
     sampling: Sampling
     """But for the seed, which is each generation's own."""
     path: Path
+    way: Way = Way()  # noqa: RUF009 (frozen)
 
 
 def make_cells(
@@ -56,11 +61,13 @@ def make_cells(
     grid: Sequence[Preference],
     prompts: Sequence[Prompt],
     whole: bool = False,
+    ways: Mapping[str, Sequence[Way]] | None = None,
 ) -> list[Cell]:
     """The cells of some methods by their names, each with its plan for each preference of ``grid``, in order.
 
-    ``place`` is the folder of their files. All run on one bank: of no more sets than they need, or, with ``whole``, of
-    all that ``setup`` has. A method that ignores the preference has one cell.
+    Where ``ways`` has a method, they say what is done with its plans, one for each. ``place`` is the folder of their
+    files. All run on one bank: of no more sets than they need, or, with ``whole``, of all that ``setup`` has. A method
+    that ignores the preference has one cell.
     """
     everything = [plan for of_method in plans.values() for plan in of_method]
     sets, flat = (list(setup.sets), everything) if whole else compact(everything, setup)
@@ -82,14 +89,15 @@ def make_cells(
         # What a method's numbers depend on are the sets that it draws on itself, whatever else is in the bank.
         used, smallest = compact(of_method, setup)
         experts = [set_digests(folder, study, name) for name in used]
+        own = (ways or {}).get(method, [Way()] * len(mine))
         preferences: list[Preference | None] = list(grid)
-        if len(set(mine)) == 1:
+        if len(set(zip(mine, own, strict=True))) == 1:
             preferences = [None]
-        for point, (plan, smaller, preference) in enumerate(zip(mine, smallest, preferences, strict=False)):
-            content = json.dumps([shared, experts, asdict(smaller), preference], sort_keys=True)
-            digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        for point, (plan, smaller, way, preference) in enumerate(zip(mine, smallest, own, preferences, strict=False)):
+            content = [shared, experts, asdict(smaller), preference, *([] if way == Way() else [asdict(way)])]
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
             path = place / f"{method}-{point:02d}-{digest}.parquet"
-            cells.append(Cell(method, point, preference, plan, tuple(sets), tuple(prompts), sampling, path))
+            cells.append(Cell(method, point, preference, plan, tuple(sets), tuple(prompts), sampling, path, way))
     return cells
 
 
@@ -115,10 +123,11 @@ class CellRunner:
 
     def __init__(self, study: Study, folder: Path, sets: Sequence[str], device: str | None = None) -> None:
         place = StudyFolder(folder)
-        self._study, self._sets = study, tuple(sets)
+        self._study = study
         self._normaliser = load_normaliser(place, study)
         self._scorers = load_objectives(study)
         experts = load_experts(place, study, sets)
+        self._sizes = {name: len(members) for name, members in experts.items()}
         self._generator = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[int]:
@@ -128,39 +137,64 @@ class CellRunner:
             return
         study, generator = self._study, self._generator
         prompts = dict.fromkeys(prompt for cell in todo for prompt in cell.prompts)
-        encoded = {prompt: generator.chat.encode(prompt.text) for prompt in prompts}
+        systems = dict.fromkeys([study.system, *(cell.way.system for cell in todo)])
+        encoded = {
+            (prompt, system): generator.chat.encode_messages(conversation(prompt.text, system))
+            for prompt in prompts
+            for system in systems
+        }
         draws = [(prompt, seed) for prompt in prompts for seed in study.evaluation.seeds]
         # Prompt by prompt: rows that several cells share, the reference above all, are computed once.
         asked = [(cell, prompt, seed) for prompt, seed in draws for cell in todo if prompt in cell.prompts]
-        plans = {cell.path: _over_bank(cell, self._sets, len(study.objectives)) for cell in todo}
+        plans = {cell.path: _over_bank(cell, self._sizes) for cell in todo}
         requests = [
             Request(
-                encoded[prompt], plans[cell.path], replace(cell.sampling, seed=draw_seed(study.seed, prompt.id, seed))
+                encoded[prompt, study.system if cell.way.system is None else cell.way.system],
+                plans[cell.path],
+                replace(cell.sampling, seed=draw_seed(study.seed, prompt.id, seed)),
             )
             for cell, prompt, seed in asked
         ]
-        tokens: list[list[Token]] = [[] for _ in requests]
-        for index, token in generator.engine.events(requests):
-            tokens[index].append(token)
-            if token.finished:
-                yield 1
-        answers = [Generation.of(drawn).require() for drawn in tokens]
-        scores = generator.reference_logprobs([(r.prompt, a.ids) for r, a in zip(requests, answers, strict=True)])
+        by_place: dict[int, Found] = {}
+        for index, one in self._found(requests, [cell.way for cell, _, _ in asked]):
+            by_place[index] = one
+            yield 1
+        found = [by_place[i] for i in range(len(asked))]
+        answers = [one.answer for one in found]
+        # What the reference says where it is asked as the study asks, whatever a way has told the model.
+        plain = [encoded[prompt, study.system] for _, prompt, _ in asked]
+        scores = generator.reference_logprobs([(p, a.ids) for p, a in zip(plain, answers, strict=True)])
         for cell in todo:
             own = [i for i, (of, _, _) in enumerate(asked) if of is cell]
             drawn, said = [asked[i][1:] for i in own], [answers[i] for i in own]
             raw_NM = score_all(self._scorers, [prompt.text for prompt, _ in drawn], [a.text for a in said])
-            _write(cell, drawn, said, [scores[i] for i in own], raw_NM, self._normaliser)
+            forwards = [_forwards(cell.plan, answers[i], found[i].drawn) for i in own]
+            _write(cell, drawn, said, forwards, [scores[i] for i in own], raw_NM, self._normaliser)
+
+    def _found(self, requests: Sequence[Request], ways: Sequence[Way]) -> Iterator[tuple[int, Found]]:
+        """What each request has come to by its way, as (its index, what was found), as they end.
+
+        All that take one round are one batch. Those of several rounds go on from what the last one left, and are few
+        enough at a time that the runner keeps it.
+        """
+        engine, decode = self._generator.engine, self._generator.chat.decode
+        beams = [i for i, way in enumerate(ways) if isinstance(way.search, Beams)]
+        others = [i for i, way in enumerate(ways) if not isinstance(way.search, Beams)]
+        rows = max((ways[i].draws * len(requests[i].plan.rows) for i in beams), default=1)
+        for members, at_once in ((others, None), (beams, max(1, engine.runner.rows // rows))):
+            for found in search_all(engine, [ways[i].start(requests[i], decode) for i in members], at_once):
+                yield members[found.place], found
 
 
-def _over_bank(cell: Cell, sets: Sequence[str], n: int) -> Plan:
-    """A cell's plan over a bank of ``sets``, each of n experts, which has the cell's own among others."""
-    if cell.sets == tuple(sets):
+def _over_bank(cell: Cell, sizes: Mapping[str, int]) -> Plan:
+    """A cell's plan over a bank of sets of these sizes, one after the other, which has the cell's own among others."""
+    if cell.sets == tuple(sizes):
         return cell.plan
-    places = [sets.index(name) * n + i for name in cell.sets for i in range(n)]
+    begins = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    places = [begins[name] + i for name in cell.sets for i in range(sizes[name])]
 
     def wider(row: Row) -> Row:
-        coefficients = np.zeros(len(sets) * n)
+        coefficients = np.zeros(sum(sizes.values()))
         coefficients[places] = row.coefficients
         return replace(row, coefficients=tuple(coefficients.tolist()))
 
@@ -171,6 +205,7 @@ def _write(
     cell: Cell,
     draws: Sequence[tuple[Prompt, int]],
     answers: Sequence[Generation],
+    forwards: Sequence[float],
     reference_logprobs: Sequence[Sequence[float]],
     raw_NM: np.ndarray,
     normaliser: Normaliser,
@@ -187,7 +222,7 @@ def _write(
             "prompt": [prompt.text for prompt, _ in draws],
             "completion": [answer.text for answer in answers],
             "tokens": [len(answer.ids) for answer in answers],
-            "forwards": [_forwards(cell.plan, answer) for answer in answers],
+            "forwards": forwards,
             "kl": [_mean_log_ratio(a.logprobs, r) for a, r in zip(answers, reference_logprobs, strict=True)],
             **{f"raw/{name}": column for name, column in zip(normaliser.names, raw_NM.T, strict=True)},
             **{f"reward/{n}": column for n, column in zip(normaliser.names, normaliser.apply(raw_NM).T, strict=True)},
@@ -197,10 +232,14 @@ def _write(
         frame.to_parquet(partial)
 
 
-def _forwards(plan: Plan, answer: Generation) -> float:
-    """Forwards of a row per token: all rows where the guide ran, the base alone elsewhere."""
-    share = answer.guided / len(answer.ids) if answer.ids else 1.0
-    return 1 + (len(plan.rows) - 1) * share
+def _forwards(plan: Plan, answer: Generation, drawn: Iterable[Generation]) -> float:
+    """Forwards of a row per token of the answer, those of all that was ``drawn`` for it.
+
+    A drawn token takes all rows where the guide ran, the base alone elsewhere.
+    """
+    if not answer.ids:
+        return float(len(plan.rows))
+    return sum(len(one.ids) + (len(plan.rows) - 1) * one.guided for one in drawn) / len(answer.ids)
 
 
 def _mean_log_ratio(guided: Sequence[float], reference: Sequence[float]) -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from mage_ray import objectives
 from mage_ray.cluster import Progress, counted, run_shards
-from mage_ray.decoding.methods import plan_for
+from mage_ray.decoding.methods import BASELINES
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
+from mage_ray.evaluation.strategies import way_to
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup, needed_sets
 from mage_ray.preference import Preference
@@ -26,12 +27,25 @@ _CELLS = 12
 
 
 def method_cells(study: Study, folder: StudyFolder, methods: Mapping[str, str]) -> list[Cell]:
-    """The evaluation's cells of some methods by their labels, method after method."""
+    """The evaluation's cells of some methods by their labels, method after method.
+
+    Raises FieldError for a method without the experts that it needs, or one that isn't trained for a preference of the
+    grid.
+    """
     setup = bank_setup(study, needed_sets(folder, study))
     grid = study.evaluation_grid()
-    plans = {label: [plan_for(method, mu, setup) for mu in grid] for label, method in methods.items()}
     _, prompts = study_prompts(study)
-    return make_cells(study, folder, folder.evaluation, plans, setup, grid, prompts)
+    # A baseline's experts may be many, and every row pays for all that are in its bank: each has one of its own.
+    banks = [[label for label, method in methods.items() if method not in BASELINES]]
+    banks += [[label] for label, method in methods.items() if method in BASELINES]
+    cells = []
+    for labels in banks:
+        found = {label: [way_to(methods[label], mu, setup, study) for mu in grid] for label in labels}
+        plans = {label: [plan for plan, _ in own] for label, own in found.items()}
+        ways = {label: [way for _, way in own] for label, own in found.items()}
+        cells += make_cells(study, folder, folder.evaluation, plans, setup, grid, prompts, ways=ways)
+    order = list(methods)
+    return sorted(cells, key=lambda cell: order.index(cell.method))
 
 
 def study_cells(study: Study, folder: StudyFolder) -> list[Cell]:
@@ -98,7 +112,8 @@ def shards_of(missing: Sequence[Cell], workers: int) -> list[list[Cell]]:
     shards = []
     for sets in dict.fromkeys(cell.sets for cell in missing):
         # The costly ones first, dealt out in turn.
-        own = sorted((cell for cell in missing if cell.sets == sets), key=lambda cell: -len(cell.plan.rows))
+        own = [cell for cell in missing if cell.sets == sets]
+        own.sort(key=lambda cell: -len(cell.plan.rows) * cell.way.draws)
         count = workers * -(-len(own) // (workers * _CELLS))
         shards += [own[i::count] for i in range(count) if own[i::count]]
     return shards

@@ -8,7 +8,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from mage_ray.decoding.methods import METHODS
+from mage_ray.decoding.methods import KNOWN
 from mage_ray.errors import FieldError, UserError
 from mage_ray.fields import Part, one_line
 from mage_ray.files import write_atomic
@@ -63,8 +63,8 @@ class Recipe(Part):
 
     def applied(self, study: Study) -> Study:
         """The study with these constants. Raises UserError where they don't fit it."""
-        if self.method not in METHODS:
-            raise FieldError("recipe.method", self.method, f"one of {', '.join(METHODS)}")
+        if self.method not in KNOWN:
+            raise FieldError("recipe.method", self.method, f"one of {', '.join(KNOWN)}")
         if self.provenance is not None and self.provenance.digest != study.digest:
             theirs = self.provenance.study
             raise FieldError("recipe", f"one of study {theirs} ({self.provenance.digest})", f"one of {study.digest}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.models import load_model, load_tokenizer
-from mage_ray.training.pairs import Pair, Sample
+from mage_ray.training.pairs import Pair
 from mage_ray.training.run import Continued, Run, lora_config
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def dpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     """A DPOTrainer for the steps after ``done``. ``kl_strength`` is DPO's beta.
 
-    The reference's log-probabilities come with the data, so that no step has to run the reference model.
+    The reference's log-probabilities come with the data, so that no step has to run the reference model. A pair's
+    margin is part of them: ``beta (log-ratio difference) - margin`` is DPO's logit with the chosen answer's reference
+    raised by ``margin / beta``.
     """
     from datasets import Dataset
     from transformers import set_seed
@@ -37,7 +39,7 @@ def dpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     dtype = "bfloat16" if arguments["bf16"] else "float32"
     model, tokenizer = load_model(run.study.model, dtype), load_tokenizer(run.study.model)
     pairs = run.pairs[done * spec.batch_size : spec.steps * spec.batch_size]
-    data = Dataset.from_list(list(_tokens(pairs, Chat(tokenizer, model, run.study.system), run.reference)))
+    data = Dataset.from_list(list(_tokens(pairs, Chat(tokenizer, model, run.study.system), run)))
     set_seed(run.study.seed)  # All experts of a study start from one LoRA initialisation: their merge rests on it.
     trainer = Trainer(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(spec.lora)
@@ -59,7 +61,7 @@ def _score_answers_alone() -> None:
         utils._use_triton = lambda device: device.type == "cpu" or on_gpu(device)
 
 
-def _tokens(pairs: Iterable[Pair], chat: Chat, reference: Mapping[Sample, float]) -> Iterable[dict[str, Any]]:
+def _tokens(pairs: Iterable[Pair], chat: Chat, run: Run) -> Iterable[dict[str, Any]]:
     prompts: dict[str, list[int]] = {}
     for pair in pairs:
         text = pair.chosen.prompt
@@ -69,6 +71,6 @@ def _tokens(pairs: Iterable[Pair], chat: Chat, reference: Mapping[Sample, float]
             "prompt_ids": prompts[text],
             "chosen_ids": list(pair.chosen.ids),
             "rejected_ids": list(pair.rejected.ids),
-            "ref_chosen_logps": reference[pair.chosen],
-            "ref_rejected_logps": reference[pair.rejected],
+            "ref_chosen_logps": run.reference[pair.chosen] + pair.margin / run.spec.kl_strength,
+            "ref_rejected_logps": run.reference[pair.rejected],
         }

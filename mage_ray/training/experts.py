@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mage_ray.cluster import connected
 from mage_ray.errors import FieldError
@@ -18,7 +18,7 @@ from mage_ray.models import fingerprint, load_tokenizer, tokenizer_fingerprint
 from mage_ray.progress import shown as counted_on
 from mage_ray.study import Study
 from mage_ray.training.checkpoint import export_checkpoint, load_state
-from mage_ray.training.pairs import Pair, expert_pairs, training_order
+from mage_ray.training.pairs import Pair, Sample, expert_pairs, modpo_weights, training_order
 from mage_ray.training.ray_train import fit_all, room
 from mage_ray.training.reference import pool_logps, reference_logps
 from mage_ray.training.rollouts import load_pool, sample_pool
@@ -33,41 +33,49 @@ if TYPE_CHECKING:
 class Expert:
     """A row of a mix, and the places (several, where sets share a row) where its adapter goes.
 
-    ``beta`` is its set's, where that was chosen among several: each has a training of its own.
+    ``loss``: ``training.method`` on the mixed reward; MODPO's; or that of an autoregressive reward model, DPO's without
+    a reference. Trainings of one place that differ have a ``variant`` each, such as the beta of its set, where that was
+    chosen among several. ``record`` is written down beside the adapter.
     """
 
     weights: Mapping[str, float]
     places: tuple[Path, ...]
-    beta: float | None = None
+    variant: str = ""
+    loss: Literal["mixed", "modpo", "arm"] = "mixed"
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        own = self.places[0].name
-        return own if self.beta is None else f"{own}-beta-{self.beta:g}"
+        return f"{self.places[0].name}-{self.variant}" if self.variant else self.places[0].name
 
 
 def study_experts(study: Study, folder: StudyFolder) -> list[Expert]:
     """The experts to train, in the order of the sets and of their rows; equal rows are one expert."""
     names = study.objective_names
     places: dict[tuple[float, ...], list[Path]] = {}
-    betas: dict[tuple[float, ...], float | None] = {}
+    variants: dict[tuple[float, ...], str] = {}
     for backbone, spec in study.training.backbones.items():
         for objective, row in zip(names, spec.mix(len(names)), strict=True):
             key = tuple(float(b) for b in row)
             places.setdefault(key, []).append(folder.expert(backbone, objective))
-            betas.setdefault(key, spec.beta if spec.betas is not None else None)
-    return [Expert(dict(zip(names, row, strict=True)), tuple(at), betas[row]) for row, at in places.items()]
+            variants.setdefault(key, f"beta-{spec.beta:g}" if spec.betas is not None else "")
+    return [Expert(dict(zip(names, row, strict=True)), tuple(at), variants[row]) for row, at in places.items()]
 
 
 def train_experts(study: Study, folder: StudyFolder, console: Console | None = None) -> None:
-    """Train what is missing of the study's experts, ``parallel_experts`` at a time, from the pool in ``folder``.
+    """Train what is missing of the study's experts; as ``train_missing``."""
+    check_training(study)
+    train_missing(study, folder, study_experts(study, folder), console)
+
+
+def train_missing(study: Study, folder: StudyFolder, experts: Sequence[Expert], console: Console | None = None) -> None:
+    """Train those of ``experts`` that aren't there, ``parallel_experts`` at a time, from the pool in ``folder``.
 
     Experts that are there are left alone; one that was under way goes on from its last checkpoint. Connects to Ray
     where the caller hasn't. ``console`` is shown the progress. Raises UserError: the first expert's failure, after all
     others have ended.
     """
-    check_training(study)
-    todo = [expert for expert in study_experts(study, folder) if not all(map(is_expert, expert.places))]
+    todo = [expert for expert in experts if not all(map(is_expert, expert.places))]
     if not todo:
         return
     trained = [expert for expert in todo if any(map(is_expert, expert.places))]
@@ -161,12 +169,18 @@ def _runs(
             own = pool
             if round > 0:
                 own = sample_pool(study, folder, adapter=_between(folder, expert, round - 1), round=round)
+            weights, margins = modpo_weights(expert.weights) if expert.loss == "modpo" else (expert.weights, None)
             found = expert_pairs(
-                own, expert.weights, per_prompt=spec.pairs_per_prompt, batch_size=spec.batch_size, expert=expert.name
+                own,
+                weights,
+                per_prompt=spec.pairs_per_prompt,
+                batch_size=spec.batch_size,
+                expert=expert.name,
+                margins=margins,
             )
             order = training_order(len(found), spec.steps * spec.batch_size, study.seed + round)
             pairs[expert.name] = [found[i] for i in order]
-        used = {sample for own in pairs.values() for pair in own for sample in (pair.chosen, pair.rejected)}
+        used = {sample for e in experts if e.loss != "arm" for sample in _samples(pairs[e.name])}
         reference = pool_logps(study, pool) if round == 0 else {}
         if unknown := sorted(used - reference.keys()):
             with counted_on(console, "reference") as told:
@@ -179,20 +193,31 @@ def _runs(
     runs = {}
     for expert in experts:
         own_pairs = pairs.get(expert.name, [])
-        samples = {sample for pair in own_pairs for sample in (pair.chosen, pair.rejected)}
         runs[expert.name] = Run(
             name=expert.name if round == 0 else f"{expert.name}-round-{round}",
-            study=study,
+            study=_own_study(study, expert),
             checkpoints=folder.checkpoints,
             weights=expert.weights,
             pairs=own_pairs,
-            reference={sample: reference[sample] for sample in samples},
+            reference={s: 0.0 if expert.loss == "arm" else reference[s] for s in _samples(own_pairs)},
             prompts=prompts,
             normalisation=folder.normalisation.read_text() if prompts else "",
             start=_between(folder, expert, round - 1) if round > 0 else None,
             until=until,
         )
     return runs
+
+
+def _samples(pairs: Sequence[Pair]) -> set[Sample]:
+    return {sample for pair in pairs for sample in (pair.chosen, pair.rejected)}
+
+
+def _own_study(study: Study, expert: Expert) -> Study:
+    """The study with the expert's own beta of DPO: MODPO's logit is divided by the weight of the pairs' objective."""
+    if expert.loss != "modpo":
+        return study
+    beta = study.training.kl_strength / max(expert.weights.values())
+    return study.model_copy(update={"training": study.training.model_copy(update={"kl_strength": beta})})
 
 
 def _between(folder: StudyFolder, expert: Expert, round: int) -> Path:
@@ -208,6 +233,7 @@ def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Pat
         "weights": dict(expert.weights),
         "steps": state.step * study.training.rounds,
         "metrics": state.metrics,
+        **expert.record,
     }
     export_checkpoint(checkpoint, places[0], record)
     _copy(places[0], places)

@@ -30,11 +30,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two samples of one prompt; ``gap`` is how much more the chosen one's reward is, above 0."""
+    """Two samples of one prompt; ``gap`` is how much more the chosen one's reward is, above 0.
+
+    ``margin`` is what is taken off DPO's logit (MODPO).
+    """
 
     chosen: Sample
     rejected: Sample
     gap: float
+    margin: float = 0.0
 
 
 def mixed_reward(pool: DataFrame, weights: Mapping[str, float]) -> np.ndarray:
@@ -46,13 +50,17 @@ def mixed_reward(pool: DataFrame, weights: Mapping[str, float]) -> np.ndarray:
     return rewards @ np.array(list(weights.values()), dtype=np.float64)
 
 
-def preference_pairs(pool: DataFrame, weights: Mapping[str, float], per_prompt: int) -> list[Pair]:
+def preference_pairs(
+    pool: DataFrame, weights: Mapping[str, float], per_prompt: int, margins: Mapping[str, float] | None = None
+) -> list[Pair]:
     """Up to ``per_prompt`` pairs for each prompt: best with worst, second best with second worst, and so on.
 
+    What is better is said by the reward that ``weights`` mix; a pair's margin is its difference in the one of
+    ``margins``.
     A sample is in one pair at most; identical completions count once; pairs nearer than ``LEAST_GAP`` are left out. The
     result doesn't depend on the order of the pool's rows, and lists the prompts by ``prompt_id``.
     """
-    table = pool.assign(mixed=mixed_reward(pool, weights))
+    table = pool.assign(mixed=mixed_reward(pool, weights), other=mixed_reward(pool, margins or {}))
     table = table.sort_values(["prompt_id", "mixed", "sample"], ascending=[True, False, True], kind="stable")
     table = table.drop_duplicates(["prompt_id", "completion"])
     pairs = []
@@ -60,19 +68,40 @@ def preference_pairs(pool: DataFrame, weights: Mapping[str, float], per_prompt: 
         samples = [
             Sample(str(prompt), tuple(map(int, ids))) for prompt, ids in zip(group["prompt"], group["ids"], strict=True)
         ]
-        mixed = group["mixed"].to_numpy()
+        mixed, other = group["mixed"].to_numpy(), group["other"].to_numpy()
         for place in range(min(per_prompt, len(samples) // 2)):
             gap = float(mixed[place] - mixed[-1 - place])
             if gap >= LEAST_GAP:
-                pairs.append(Pair(samples[place], samples[-1 - place], gap))
+                margin = float(other[place] - other[-1 - place])
+                pairs.append(Pair(samples[place], samples[-1 - place], gap, margin))
     return pairs
 
 
+def modpo_weights(weights: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Whose pairs MODPO trains on at a preference, and the other objectives' weights ``w_j / w_k`` in their margin.
+
+    MODPO's logit is ``(1 / w_k) [beta (log-ratio difference) - sum_j!=k w_j (difference in r_j)]`` on the pairs of one
+    objective k (arXiv:2310.03708, METHOD.md section 5), for any k of weight above 0. The authors' code keeps the same
+    k for all preferences, which leaves out those where its weight is 0 and blows up the logit where it is next to
+    that. Here every objective has pairs in the pool, so k is the one that weighs most, the first of equals: 1 / w_k is
+    n at most, and at a corner this is DPO on its objective.
+    """
+    k = max(weights, key=lambda name: weights[name])
+    others = {name: weight / weights[k] for name, weight in weights.items() if name != k}
+    return {k: 1.0}, others
+
+
 def expert_pairs(
-    pool: DataFrame, weights: Mapping[str, float], *, per_prompt: int, batch_size: int, expert: str
+    pool: DataFrame,
+    weights: Mapping[str, float],
+    *,
+    per_prompt: int,
+    batch_size: int,
+    expert: str,
+    margins: Mapping[str, float] | None = None,
 ) -> list[Pair]:
     """``preference_pairs``, at least one batch of them. Raises UserError, naming the expert, where there are fewer."""
-    pairs = preference_pairs(pool, weights, per_prompt)
+    pairs = preference_pairs(pool, weights, per_prompt, margins)
     if len(pairs) < batch_size:
         raise UserError(
             f"expert {expert}: the pool has {len(pairs)} pairs of samples that its reward tells apart, allowed: at "

@@ -1,0 +1,7 @@
+"""`ray job submit --working-dir . -- python jobs/baselines.py …`: the verb `mage-ray baselines`, with its options."""
+
+import sys
+
+from mage_ray.cli import main
+
+sys.exit(main(["baselines", *sys.argv[1:]]))
