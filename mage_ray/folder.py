@@ -17,8 +17,8 @@ class StudyFolder:
     """Where the parts of a study lie. Every job finds here what the jobs before it left.
 
     study.yaml, betas.json (where training chose some), rollouts/*.parquet and rollouts/normalisation.json,
-    experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads),
-    evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
+    experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads), rewards/<name>/
+    (sequence classifiers), evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -30,6 +30,7 @@ class StudyFolder:
         self.chosen = self.path / "betas.json"
         self.checkpoints = self.path / "checkpoints"
         self.values = self.path / "values"
+        self.rewards = self.path / "rewards"
         self.evaluation = self.path / "evaluation"
         self.analysis = self.path / "analysis"
         self.report = self.path / "report"
@@ -66,7 +67,8 @@ class StudyFolder:
         """The folder for ``study``, made if it isn't there.
 
         Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
-        ``evaluation``, ``analysis`` and ``search`` may differ from what it was made with, and ``values`` may gain sets.
+        ``evaluation``, ``analysis`` and ``search`` may differ from what it was made with, and ``values`` and
+        ``rewards`` may gain entries.
         """
         folder = cls(path)
         if folder.study_file.exists():

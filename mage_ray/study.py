@@ -22,6 +22,7 @@ from mage_ray.specs import (
     Name,
     ObjectiveSpec,
     PromptSpec,
+    RewardSpec,
     RolloutSpec,
     TrainingSpec,
     ValuesSpec,
@@ -48,6 +49,8 @@ class Study(Part):
     training: TrainingSpec = TrainingSpec()
     values: dict[Name, ValuesSpec] = Field(default_factory=dict)
     """Sets of explicit value models by their names; none for a study without."""
+    rewards: dict[Name, RewardSpec] = Field(default_factory=dict)
+    """Reward models to train, by their names, which objectives of type ``reward`` refer to."""
     guidance: GuidanceSpec = GuidanceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     analysis: AnalysisSpec = AnalysisSpec()
@@ -76,6 +79,11 @@ class Study(Part):
         for name in self.values:
             if name in self.training.backbones:
                 raise FieldError("values", name, "a name that no set of training.backbones has")
+        for name, objective in self.objectives.items():
+            own = objective.options.get("model") or name
+            if objective.type == "reward" and own not in list(self.rewards):
+                known = ", ".join(self.rewards) or "none: there are none"
+                raise FieldError(f"objectives.{name}.model", own, f"a name in rewards: {known}")
         self._check_guide()
         for role in ("base", "guide"):
             value = getattr(self.guidance, role)

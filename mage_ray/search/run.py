@@ -54,7 +54,7 @@ def search_study(
     search_prompts(study)
     load_normaliser(folder, study)
     load_experts(folder, study, space.sets)
-    for name, scorer in load_objectives(study).items():
+    for name, scorer in load_objectives(study, folder).items():
         objectives.probe(name, scorer)
     _claim(study, folder, resume)
     if not (folder.search / "recipes").exists():
