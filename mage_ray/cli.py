@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_study(verb("train", _train, "Sample the rollout pool and train the experts."))
     takes_study(verb("values", _values, "Train explicit value models on the rollout pool, and measure them."))
     takes_study(verb("baselines", _baselines, "Train the policies and reward models of baselines on the rollout pool."))
+    takes_study(verb("rewards", _rewards, "Train reward models on pairs or labelled texts, and measure them."))
     evaluate = verb("evaluate", _evaluate, "Generate and score the grid of preferences and methods; write the report.")
     takes_study(evaluate)
     evaluate.add_argument("--recipe", metavar="FILE", help="one more to compare: a search's recipe")
@@ -124,6 +125,12 @@ def _baselines(options: argparse.Namespace) -> None:
     from mage_ray import jobs
 
     jobs.baselines(*jobs.open_study(options.study, options.folder), _console())
+
+
+def _rewards(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.rewards(*jobs.open_study(options.study, options.folder), _console())
 
 
 def _evaluate(options: argparse.Namespace) -> None:

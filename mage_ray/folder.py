@@ -18,7 +18,7 @@ class StudyFolder:
 
     study.yaml, betas.json (where training chose some), rollouts/*.parquet and rollouts/normalisation.json,
     experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads),
-    baselines/<set>-<preference or objective>/ (adapters),
+    baselines/<set>-<preference or objective>/ (adapters), rewards/<name>/ (sequence classifiers),
     evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
     """
 
@@ -32,6 +32,7 @@ class StudyFolder:
         self.checkpoints = self.path / "checkpoints"
         self.values = self.path / "values"
         self.baselines = self.path / "baselines"
+        self.rewards = self.path / "rewards"
         self.evaluation = self.path / "evaluation"
         self.analysis = self.path / "analysis"
         self.report = self.path / "report"
@@ -73,7 +74,7 @@ class StudyFolder:
 
         Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
         ``evaluation``, ``strategies``, ``analysis`` and ``search`` may differ from what it was made with, and
-        ``values`` and ``baselines`` may gain sets.
+        ``values``, ``baselines`` and ``rewards`` may gain entries.
         """
         folder = cls(path)
         if folder.study_file.exists():

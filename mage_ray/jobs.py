@@ -111,6 +111,37 @@ def baselines(study: Study, folder: StudyFolder, console: Console) -> None:
         console.print(f"{name} ({spec.kind}): {', '.join(study.members(name))}", highlight=False)
 
 
+def rewards(study: Study, folder: StudyFolder, console: Console) -> None:
+    """Train the study's reward models, and print how right they are on prompts held out."""
+    import json
+
+    from rich.table import Table
+
+    from mage_ray.training.rewards import train_rewards
+    from mage_ray.training.values import QUALITY
+
+    train_rewards(study, folder, console)
+    title = "Reward models on prompts held out (before, after calibration)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("reward model")
+    accuracy = f"accuracy [{study.evaluation.confidence:.0%}]"
+    for column in ("rows", accuracy, "rival's", "nats a row", "calibration\nerror"):
+        table.add_column(column, justify="right")
+    for name in study.rewards:
+        quality = json.loads((folder.rewards / name / QUALITY).read_text())
+        right, rival = quality["accuracy"], quality["rival"]
+        before, after = quality["calibration"]["before"], quality["calibration"]["after"]
+        table.add_row(
+            name,
+            str(quality["held_out"]),
+            f"{right['value']:.1%} [{right['low']:.1%}, {right['high']:.1%}]",
+            f"{rival['name']} {rival['value']:.1%}",
+            f"{before['nll']:.3f}, {after['nll']:.3f}",
+            f"{before['ece']:.3f}, {after['ece']:.3f}",
+        )
+    console.print(table)
+
+
 def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path | str | None = None) -> Summary:
     """Generate and score the evaluation's grid, a recipe beside the methods; write the report, print the table."""
     from mage_ray.cluster import connected

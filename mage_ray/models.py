@@ -21,6 +21,7 @@ __all__ = [
     "EMBEDDED",
     "embedded_model_folder",
     "fingerprint",
+    "load_classifier",
     "load_model",
     "load_tokenizer",
     "model_fingerprint",
@@ -69,9 +70,34 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
     Safetensors only, never remote code. Raises ``FieldError`` for a name, a model or a dtype that cannot be used and
     ``UserError`` when the model cannot be fetched or its files are damaged or incomplete.
     """
+    from transformers import AutoModelForCausalLM
+
+    model = _load(AutoModelForCausalLM, name, dtype).eval()
+    return model if device is None else model.to(device)
+
+
+def load_classifier(name: str, dtype: str = "float32") -> PreTrainedModel:
+    """The same with a new head ``score`` of one output in place of its LM head, as reward models have; it says 0.
+
+    Raises what ``load_model`` does, and ``FieldError`` for an architecture of which transformers has no classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model = _load(AutoModelForSequenceClassification, name, dtype, new="score.weight", num_labels=1)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise FieldError("model", name, "a model of which transformers has a sequence classifier") from None
+    _fill_with_zeros(model.score.weight)
+    return model.eval()
+
+
+def _load(auto_class: Any, name: str, dtype: str, new: str | None = None, **options: Any) -> Any:
+    """The model by one of transformers' auto classes; of its tensors only ``new`` may be missing in the files."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if dtype not in DTYPES:
         raise FieldError("dtype", dtype, ", ".join(DTYPES))
@@ -80,21 +106,34 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
         try:
             config, _ = PreTrainedConfig.get_config_dict(source)
             _check_decoder_only(name, config)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class.from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
         except (OSError, SafetensorError) as error:
             raise _cannot_load("model", name, error) from error
     model, loading = loaded
     # transformers would fill them with random numbers and only warn.
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted(set(loading["missing_keys"]) - {new}):
         raise UserError(f"cannot load the model {name}: its files lack {len(missing)} tensors, {missing[0]} for one")
-    model.eval()
-    return model if device is None else model.to(device)
+    return model
+
+
+def _fill_with_zeros(parameter: torch.nn.Parameter) -> None:
+    """Of all its parts, where ZeRO-3 has dealt it out while it was loaded: all ranks take part then."""
+    import torch
+
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            torch.nn.init.zeros_(parameter)
+    else:
+        torch.nn.init.zeros_(parameter)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -5,21 +5,17 @@ The list in ``data/prompts.jsonl`` was written for this project and has its lice
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from mage_ray.errors import FieldError
+from mage_ray.records import JSONL, parse_jsonl, read_records
 
 COLUMNS = ("prompt", "messages", "chosen")
 """Where a record's prompt is looked for, in this order, when the column isn't named."""
-
-_SOURCES = "builtin, a file that ends in .jsonl or .jsonl.gz, or a hub dataset such as Anthropic/hh-rlhf"
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,10 @@ def load_prompts(
         raise FieldError("prompts.limit", limit, "a whole number, 1 or more")
     if source == "builtin":
         lines = (resources.files("mage_ray") / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = _texts(_parse(lines, "builtin"), column)
-    elif source.endswith((".jsonl", ".jsonl.gz")):
-        texts = _texts(_parse(_read_lines(Path(source).expanduser()), Path(source).name), column)
+        records = parse_jsonl(lines, "builtin")
     else:
-        texts = _texts(_read_hub(source, split), column)
+        records = read_records(source, "prompts.source", split, JSONL, also="builtin, ")
+    texts = _texts(records, column)
     prompts = list({prompt.id: prompt for prompt in reversed([make_prompt(text) for text in texts])}.values())[::-1]
     if not prompts:
         raise FieldError("prompts.source", source, "a source with at least one prompt")
@@ -101,48 +96,6 @@ def _shuffled(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
     return sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest())
 
 
-def _read_lines(path: Path) -> list[str]:
-    try:
-        data = path.read_bytes()
-        # Not str.splitlines(): it also splits at characters that JSON allows inside a string.
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise FieldError("prompts.source", str(path), "a file that exists") from None
-    except UnicodeDecodeError:
-        raise FieldError("prompts.source", str(path), "a file in UTF-8") from None
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FieldError("prompts.source", str(path), f"a file that can be read ({reason})") from None
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def _parse(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
-    """Each line's record, with the place to name in an error."""
-    for number, line in enumerate(lines, start=1):
-        place = f"{source}, line {number}"
-        if not line.strip():
-            raise FieldError(place, "an empty line", "a JSON object on every line")
-        try:
-            yield place, json.loads(line)
-        except ValueError as error:
-            reason = getattr(error, "msg", "a number that is too long")
-            raise FieldError(place, f"no JSON ({reason})", "a JSON object on every line") from None
-
-
-def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source:
-        raise FieldError("prompts.source", source, _SOURCES)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # The hub's errors are of many kinds: no such dataset, no network, no such split.
-        first_line = str(error).strip().split("\n")[0]
-        raise FieldError("prompts.source", source, f"{_SOURCES} ({type(error).__name__}: {first_line})") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{source}, row {number}", row
-
-
 def _texts(records: Iterable[tuple[str, Any]], column: str | None) -> Iterator[str]:
     for place, record in records:
         if not isinstance(record, dict):
@@ -152,7 +105,7 @@ def _texts(records: Iterable[tuple[str, Any]], column: str | None) -> Iterator[s
         if found is None:
             columns = ", ".join(map(str, record)) or "none"
             raise FieldError(place, f"the columns {columns}", f"a column {' or '.join(names)}")
-        text = _first_turn(record[found])
+        text = first_turn(record[found])
         if text is None or not text.strip():
             allowed = "a text, a dialogue that begins with a human turn, or a list of messages with a user turn"
             raise FieldError(f"{place}, {found}", "no prompt" if text is None else "an empty prompt", allowed)
@@ -161,7 +114,7 @@ def _texts(records: Iterable[tuple[str, Any]], column: str | None) -> Iterator[s
         yield text
 
 
-def _first_turn(value: Any) -> str | None:
+def first_turn(value: Any) -> str | None:
     """The first human turn of a text, an HH-style dialogue or a list of messages; None where there is none."""
     if isinstance(value, list):
         for message in value:

@@ -172,6 +172,41 @@ class BaselineSpec(Part):
         return self
 
 
+class RewardSpec(Part):
+    """A reward model: LoRA and a head on a language model, trained on preferred answers or on labelled texts.
+
+    What isn't said here (workers, precision, ZeRO) is as in ``training``.
+    """
+
+    data: str
+    """A file that ends in .jsonl, .jsonl.gz, .csv or .csv.gz, or a hub dataset. Its columns: ``chosen`` and
+    ``rejected``, whole dialogues or answers beside a ``prompt``; or, with ``label``, a text and its label."""
+    split: str = "train"
+    """Of a hub dataset."""
+    label: str | None = None
+    """The column of the labels, two values, where the data are labelled texts."""
+    text: str = "text"
+    """The column of the texts."""
+    positive: str | None = None
+    """The label of the wanted texts; true or 1 unless given."""
+    model: str | None = None
+    """What it is trained from; the study's model unless given."""
+    lora: LoraSpec = LoraSpec()
+    steps: Positive = 200
+    batch_size: Positive = 16
+    """Pairs or texts a step, over all workers."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    max_length: int = Field(default=512, ge=8)
+    """In tokens; longer dialogues lose their beginning."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """The share of the prompts that only calibrate and measure."""
+
+    @property
+    def template(self) -> Literal["hh", "completion"]:
+        """How the objective shows it a prompt and a completion."""
+        return "hh" if self.label is None else "completion"
+
+
 class MapSpec(Part):
     """A map from preferences to coefficients by its control points (``merging.coefficient_map``)."""
 

@@ -24,6 +24,7 @@ from mage_ray.specs import (
     Name,
     ObjectiveSpec,
     PromptSpec,
+    RewardSpec,
     RolloutSpec,
     StrategySpec,
     TrainingSpec,
@@ -53,6 +54,8 @@ class Study(Part):
     """Sets of explicit value models by their names; none for a study without."""
     baselines: dict[Name, BaselineSpec] = Field(default_factory=dict)
     """Sets of policies and reward models that only baselines need, by their names; none for a study without."""
+    rewards: dict[Name, RewardSpec] = Field(default_factory=dict)
+    """Reward models to train, by their names, which objectives of type ``reward`` refer to."""
     guidance: GuidanceSpec = GuidanceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     strategies: StrategySpec = StrategySpec()
@@ -90,6 +93,11 @@ class Study(Part):
             if name not in self.baselines:
                 allowed = f"one of {', '.join(self.baselines) or 'none: there are none'}"
                 raise FieldError(f"guidance.baselines.{i}", name, allowed)
+        for name, objective in self.objectives.items():
+            own = objective.options.get("model") or name
+            if objective.type == "reward" and own not in list(self.rewards):
+                known = ", ".join(self.rewards) or "none: there are none"
+                raise FieldError(f"objectives.{name}.model", own, f"a name in rewards: {known}")
         self._check_guide()
         for role in ("base", "guide"):
             value = getattr(self.guidance, role)

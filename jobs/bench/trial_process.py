@@ -92,7 +92,7 @@ def naive(folder: Path, recipe: Path, clock: Clock) -> dict[str, Any]:
     reference, tokenizer = load_model(study.model, study.dtype), load_tokenizer(study.model)
     chat = Chat(tokenizer, reference, study.system)
     models = PeftModels(reference, [path for name in sets for path in set_places(place, study, name)])
-    scorers, normaliser = load_objectives(study), load_normaliser(place, study)
+    scorers, normaliser = load_objectives(study, place), load_normaliser(place, study)
     prompts = [prompt.text for prompt in search_prompts(study) for _ in spec.seeds]
     encoded = [chat.encode(prompt) for prompt in prompts]
     sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p)

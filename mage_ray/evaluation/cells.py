@@ -125,7 +125,7 @@ class CellRunner:
         place = StudyFolder(folder)
         self._study = study
         self._normaliser = load_normaliser(place, study)
-        self._scorers = load_objectives(study)
+        self._scorers = load_objectives(study, place)
         experts = load_experts(place, study, sets)
         self._sizes = {name: len(members) for name, members in experts.items()}
         self._generator = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)

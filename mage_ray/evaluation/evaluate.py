@@ -90,7 +90,7 @@ def evaluate_cells(
     import pandas as pd
 
     load_normaliser(folder, study)
-    for name, scorer in load_objectives(study).items():
+    for name, scorer in load_objectives(study, folder).items():
         objectives.probe(name, scorer)
     missing = [cell for cell in cells if not cell.path.exists()]
     draws = len(study.evaluation.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,9 @@ from mage_ray.objectives.batches import Tokens, by_length, load_model, pad_right
 if TYPE_CHECKING:
     import torch
 
-TEMPLATES = ("chat", "pair", "completion", "hh")
+TEMPLATES = ("chat", "pair", "completion", "hh", "reversed-pair")
+_LAYOUTS = {"completion": "{completion}", "hh": "\n\nHuman: {prompt}\n\nAssistant: {completion}"}
+_PLACES = re.compile(r"\{(prompt|completion)\}")
 OUTPUTS = ("logit", "probability")
 
 
@@ -36,13 +39,14 @@ class Classifier:
 
     - ``model``: a local folder or a hub id, safetensors only.
     - ``template``: how the model was trained to see a pair: ``chat`` (its tokenizer's chat template, user then
-      assistant), ``pair`` (two segments, as in natural language inference), ``completion`` (the prompt is not shown) or
-      ``hh`` (``\\n\\nHuman: ... \\n\\nAssistant: ...``). It has no default: the wrong one gives numbers, but senseless
-      ones.
+      assistant), ``pair`` (two segments, as in natural language inference), ``reversed-pair`` (the completion first),
+      ``completion`` (the prompt is not shown), ``hh`` (``\\n\\nHuman: ... \\n\\nAssistant: ...``), or any text with
+      ``{completion}`` in it, and ``{prompt}``. It has no default: the wrong one gives numbers, but senseless ones.
     - ``label``: a name or an index; needed unless the model has one output, as reward models do.
     - ``output``: ``logit`` (range all numbers) or ``probability`` (range [0, 1]: softmax over the labels; the
       sigmoid for one output or a multi-label model).
-    - ``max_length``: in tokens; the beginning is cut off, so that the completion's end stays.
+    - ``max_length``: in tokens; the beginning is cut off, so that the completion's end stays, or the end where the
+      completion comes first.
 
     Each value is what the model gives for that text alone: neither the batch nor the padding changes it, up to
     floating point. The model is loaded on the first call. Raises FieldError ``<field>.<option>``.
@@ -60,7 +64,9 @@ class Classifier:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise FieldError(f"{self.field}.model", self.model, "a local folder or a hub id")
-        check_choice(self.template, f"{self.field}.template", TEMPLATES)
+        if not isinstance(self.template, str) or "{completion}" not in self.template:
+            choices = (*TEMPLATES, "a text with {completion}")
+            check_choice(self.template, f"{self.field}.template", choices)
         check_choice(self.output, f"{self.field}.output", OUTPUTS)
         if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, str | int)):
             raise FieldError(f"{self.field}.label", self.label, "the name or the index of a label")
@@ -103,7 +109,9 @@ class Classifier:
         if self.template == "chat" and not tokenizer.chat_template:
             allowed = "pair, completion or hh: this model's tokenizer has no chat template"
             raise FieldError(f"{self.field}.template", self.template, allowed)
-        tokenizer.truncation_side = "left"
+        layout = _LAYOUTS.get(self.template, self.template)
+        begins = layout == "reversed-pair" or "{prompt}" in layout.partition("{completion}")[2]
+        tokenizer.truncation_side = "right" if begins else "left"
         padding = model.config.get_text_config().pad_token_id
         if padding is not None and padding < 0:  # How some old decoders say that they have none.
             padding = None
@@ -132,12 +140,9 @@ class Classifier:
         }
         if self.template == "pair":
             encoded = tokenizer(list(prompts), list(completions), **how)
-        elif self.template == "completion":
-            encoded = tokenizer(list(completions), **how)
-        elif self.template == "hh":
-            texts = [f"\n\nHuman: {p}\n\nAssistant: {c}" for p, c in zip(prompts, completions, strict=True)]
-            encoded = tokenizer(texts, **how)
-        else:
+        elif self.template == "reversed-pair":
+            encoded = tokenizer(list(completions), list(prompts), **how)
+        elif self.template == "chat":
             texts = [
                 tokenizer.apply_chat_template(
                     [{"role": "user", "content": p}, {"role": "assistant", "content": c}], tokenize=False
@@ -146,11 +151,17 @@ class Classifier:
             ]
             # The template writes the special tokens itself.
             encoded = tokenizer(texts, add_special_tokens=False, **how)
+        else:
+            encoded = tokenizer([self._text(p, c) for p, c in zip(prompts, completions, strict=True)], **how)
         rows = [{key: encoded[key][i] for key in encoded} for i in range(len(prompts))]
         # A tokenizer without special tokens gives nothing for an empty text, and no model can read nothing.
         start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
         nothing = {"input_ids": [start], "attention_mask": [1], "token_type_ids": [0]}
         return [row if row["input_ids"] else {key: nothing[key] for key in row} for row in rows]
+
+    def _text(self, prompt: str, completion: str) -> str:
+        parts = {"prompt": prompt, "completion": completion}
+        return _PLACES.sub(lambda place: parts[place[1]], _LAYOUTS.get(self.template, self.template))
 
     def _read(self, logits_BC: torch.Tensor) -> torch.Tensor:
         config = self._loaded.model.config

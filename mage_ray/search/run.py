@@ -57,7 +57,7 @@ def search_study(
     search_prompts(study)
     load_normaliser(folder, study)
     load_experts(folder, study, space.engine_sets)
-    for name, scorer in load_objectives(study).items():
+    for name, scorer in load_objectives(study, folder).items():
         objectives.probe(name, scorer)
     if fresh:
         discard(folder)

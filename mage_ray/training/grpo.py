@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mage_ray.chat import conversation
+from mage_ray.folder import StudyFolder
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.objectives import Normaliser, load, score
 from mage_ray.specs import ObjectiveSpec
@@ -38,11 +39,12 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     per_step = spec.batch_size // spec.generations_per_prompt
     prompts = run.prompts[done * per_step : spec.steps * per_step]
     normaliser = Normaliser.from_json(run.normalisation, study.objective_names)
+    folder = StudyFolder(run.checkpoints.parent)
     set_seed(study.seed)  # All experts of a study start from one LoRA initialisation: their merge rests on it.
     trainer = Trainer(
         model=model,
         args=config,
-        reward_funcs=[reward_function(name, study.objectives[name], normaliser) for name in run.weights],
+        reward_funcs=[reward_function(name, study.objectives[name], normaliser, folder) for name in run.weights],
         train_dataset=Dataset.from_list([{"prompt": conversation(text, run.study.system)} for text in prompts]),
         processing_class=tokenizer,
         peft_config=lora_config(spec.lora),
@@ -51,9 +53,11 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     return trainer
 
 
-def reward_function(name: str, spec: ObjectiveSpec, normaliser: Normaliser) -> Callable[..., list[float | None]]:
-    """An objective as TRL calls it: conversations in, normalised rewards out."""
-    objective = load(name, spec.type, spec.options, spec.direction)
+def reward_function(
+    name: str, spec: ObjectiveSpec, normaliser: Normaliser, folder: StudyFolder
+) -> Callable[..., list[float | None]]:
+    """An objective as TRL calls it: conversations in, normalised rewards out. ``folder`` is the study's."""
+    objective = load(name, spec.type, spec.options, spec.direction, folder)
     place = normaliser.names.index(name)
 
     def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:

@@ -59,6 +59,8 @@ class Standing:
             "loss": "loss",
             "rewards/margins": "margin",
             "rewards/accuracies": "accuracy",
+            "margin": "margin",
+            "accuracy": "accuracy",
             "reward": "reward",
             "kl": "KL",
         }

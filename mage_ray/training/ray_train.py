@@ -55,9 +55,9 @@ def fit(run: Run, in_process: bool = False) -> Path:
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise UserError(f"expert {run.name}: training failed: {_root_cause(error)}") from error
+        raise UserError(f"{run.title}: training failed: {_root_cause(error)}") from error
     if result.checkpoint is None:
-        raise UserError(f"expert {run.name}: training ended without a checkpoint")
+        raise UserError(f"{run.title}: training ended without a checkpoint")
     return Path(result.checkpoint.path)
 
 

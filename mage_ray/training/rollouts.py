@@ -39,10 +39,11 @@ def _split(study: Study, search: int) -> tuple[list[Prompt], list[Prompt], list[
     return split_prompts(everything, spec.train, spec.evaluation, study.seed, search)
 
 
-def load_objectives(study: Study) -> dict[str, Objective]:
-    """The study's objectives, in its order. Raises FieldError."""
+def load_objectives(study: Study, folder: StudyFolder) -> dict[str, Objective]:
+    """The study's objectives, in its order; its own reward models are in ``folder``. Raises FieldError."""
     return {
-        name: objectives.load(name, spec.type, spec.options, spec.direction) for name, spec in study.objectives.items()
+        name: objectives.load(name, spec.type, spec.options, spec.direction, folder)
+        for name, spec in study.objectives.items()
     }
 
 
@@ -79,12 +80,12 @@ def sample_pool(
     missing = [shard for shard in shards if not shard[0].exists()]
     total = len(prompts) * study.rollouts.samples_per_prompt
     left = sum(len(p) for _, p in missing) * study.rollouts.samples_per_prompt
-    for name, scorer in load_objectives(study).items():
+    for name, scorer in load_objectives(study, folder).items():
         objectives.probe(name, scorer)
     run_shards(
         _sample_shards,
         missing,
-        (study, adapter, round),
+        (study, folder.path, adapter, round),
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
         on_progress=counted(progress, total - left, total),
@@ -119,7 +120,7 @@ def load_normaliser(folder: StudyFolder, study: Study) -> Normaliser:
 def _fit_normalisation(study: Study, folder: StudyFolder) -> None:
     pool = _read_shards(folder.rollouts, study)
     raw_NM = pool[[f"raw/{name}" for name in study.objectives]].to_numpy()
-    directions = [scorer.direction for scorer in load_objectives(study).values()]
+    directions = [scorer.direction for scorer in load_objectives(study, folder).values()]
     write_atomic(folder.normalisation, Normaliser.fit(study.objective_names, directions, raw_NM).to_json())
 
 
@@ -151,7 +152,7 @@ def _read_shards(place: Path, study: Study) -> pd.DataFrame:
 
 
 def _sample_shards(
-    study: Study, adapter: Path | None, round: int, shards: Sequence[tuple[Path, Sequence[Prompt]]]
+    study: Study, folder: Path, adapter: Path | None, round: int, shards: Sequence[tuple[Path, Sequence[Prompt]]]
 ) -> Iterator[int]:
     """In a worker: sample and score shards one after the other; yield the number of completions as they end."""
     import pandas as pd
@@ -171,7 +172,7 @@ def _sample_shards(
     chat = Chat(load_tokenizer(study.model), model, study.system)
     bank = AdapterBank([] if adapter is None else [load_adapter(adapter)])
     plan = Plan.of([((1.0,) * len(bank), 1.0)])
-    scorers = load_objectives(study)
+    scorers = load_objectives(study, StudyFolder(folder))
     encoded = {prompt.id: chat.encode(prompt.text) for _, prompts in shards for prompt in prompts}
     length = max(map(len, encoded.values())) + spec.max_new_tokens
     engine = Engine(RowRunner(model, bank, spec.batch_rows, length), chat.stop, chat.decode)

@@ -1,4 +1,4 @@
-"""A run: one round of one expert, and what its trainers have in common."""
+"""A run: one round of one expert, or one value or reward model, and what the trainers have in common."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mage_ray.specs import LoraSpec, TrainingSpec, ValuesSpec
+from mage_ray.specs import LoraSpec, RewardSpec, TrainingSpec, ValuesSpec
 from mage_ray.study import Study
 from mage_ray.training.pairs import Pair, Sample
+from mage_ray.training.reward_data import Row
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """One round of one expert, whole: a worker needs nothing else but the model and the objectives."""
+    """One round of one expert, or another model, whole: a worker needs nothing but the model and the objectives."""
 
     name: str
     study: Study
@@ -44,6 +45,16 @@ class Run:
     """After so many steps it pauses; None: after all."""
     values: ValuesSpec | None = None
     """Value models: how they are trained."""
+    rows: Sequence[Row] = ()
+    """Reward models: what they learn from in all steps, in the order of its use."""
+    reward: RewardSpec | None = None
+    """Reward models: how they are trained."""
+
+    @property
+    def title(self) -> str:
+        """What it is called in errors."""
+        kind = "value model" if self.values is not None else "reward model" if self.reward is not None else "expert"
+        return f"{kind} {self.name}"
 
     @property
     def folder(self) -> Path:
@@ -56,10 +67,11 @@ class Run:
 
     @property
     def spec(self) -> TrainingSpec:
-        """How it is trained: the study's ``training``, for a value model with what its ``values`` say."""
-        if self.values is None:
+        """How it is trained: the study's ``training``, with what a value or reward model's own part of it says."""
+        part = self.values or self.reward
+        if part is None:
             return self.study.training
-        own = {name: getattr(self.values, name) for name in ("lora", "steps", "batch_size", "learning_rate")}
+        own = {name: getattr(part, name) for name in ("lora", "steps", "batch_size", "learning_rate")}
         return self.study.training.model_copy(update=own | {"rounds": 1})
 
 
@@ -71,7 +83,7 @@ class Example:
     reward: float
 
 
-def lora_config(lora: LoraSpec) -> Any:
+def lora_config(lora: LoraSpec, task: str = "CAUSAL_LM") -> Any:
     """PEFT's configuration."""
     from peft import LoraConfig
 
@@ -81,7 +93,7 @@ def lora_config(lora: LoraSpec) -> Any:
         lora_dropout=lora.dropout,
         use_rslora=lora.rank_stabilised,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
 
 

@@ -13,7 +13,7 @@ from mage_ray.errors import FieldError, UserError
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
 from mage_ray.merging.adapter import ORIGIN_FILE, load_value_model, read_json
-from mage_ray.specs import ValuesSpec
+from mage_ray.specs import RewardSpec, ValuesSpec
 from mage_ray.study import Study
 from mage_ray.training.checkpoint import export_checkpoint, load_state
 from mage_ray.training.experts import is_expert, model_origin
@@ -76,10 +76,10 @@ def check_values(study: Study) -> None:
             raise FieldError(f"values.{set}.batch_size", spec.batch_size, allowed)
 
 
-def check_trained_as(place: Path, spec: ValuesSpec) -> None:
-    """Raises UserError when the value model in ``place`` was trained otherwise than ``spec`` says."""
-    if is_expert(place) and read_json(place / ORIGIN_FILE, place.name).get("values") != spec.model_dump(mode="json"):
-        raise UserError(f"{place}: trained as another `values` said, allowed: the same, or delete it to train it anew")
+def check_trained_as(place: Path, spec: ValuesSpec | RewardSpec, part: str = "values") -> None:
+    """Raises UserError when the model in ``place`` was trained otherwise than its ``spec`` in that ``part`` says."""
+    if is_expert(place) and read_json(place / ORIGIN_FILE, place.name).get(part) != spec.model_dump(mode="json"):
+        raise UserError(f"{place}: trained as another `{part}` said, allowed: the same, or delete it to train it anew")
 
 
 def split(pool: DataFrame, held_out: float, seed: int) -> tuple[DataFrame, DataFrame]:

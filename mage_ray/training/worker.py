@@ -1,4 +1,4 @@
-"""What each worker of an expert's Ray Train job does: model, LoRA, trainer, checkpoints on the way."""
+"""What each worker of a Ray Train job does: model, LoRA, trainer, checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from mage_ray.training.checkpoint import (
 )
 from mage_ray.training.dpo import dpo_trainer
 from mage_ray.training.grpo import grpo_trainer
+from mage_ray.training.reward_trainer import reward_trainer
 from mage_ray.training.run import METRICS, Run
 from mage_ray.training.value_trainer import value_trainer
 from mage_ray.training.zero import full_weights, prepare_deepspeed, zero_config
 
 _MICRO_BATCH = 8
-"""Pairs or completions at once on one worker; a larger share of the batch is accumulated."""
+"""Pairs, completions or texts at once on one worker; a larger share of the batch is accumulated."""
 
 
 def train(config: Mapping[str, Run]) -> None:
-    """Ray Train's train function. Reports a checkpoint now and then, and the last holds the expert."""
+    """Ray Train's train function. Reports a checkpoint now and then, and the last holds what was trained."""
     import ray.train
     import torch
 
@@ -63,7 +64,11 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
     done = 0 if last is None else load_state(last).step
     if done >= run.end:
         return
-    make = value_trainer if run.values is not None else {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
+    make = {"dpo": dpo_trainer, "grpo": grpo_trainer}[spec.method]
+    if run.values is not None:
+        make = value_trainer
+    elif run.reward is not None:
+        make = reward_trainer
     with tempfile.TemporaryDirectory(prefix="mage_ray-") as scratch:
         arguments = trainer_arguments(spec, run.study.seed, run.end - done, workers, distributed, scratch)
         trainer = make(run, done, arguments)

@@ -184,6 +184,17 @@ def test_what_is_too_long_loses_its_beginning(tmp_path: Path) -> None:
     np.testing.assert_allclose(given(folder, "hh", max_length=20), truth, atol=2e-5)
 
 
+def test_a_template_of_ones_own_is_cut_where_the_completion_is_not(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, "llama", pad_token=True)
+    for template, part in (("Q {prompt} A {completion}", slice(-20, None)), ("{completion} | {prompt}", slice(20))):
+        texts = [
+            template.replace("{prompt}", p).replace("{completion}", c)
+            for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+        ]
+        truth = one_by_one(folder, [{"text": text[part]} for text in texts])[:, 0]
+        np.testing.assert_allclose(given(folder, template, max_length=20), truth, atol=2e-5)
+
+
 def test_the_declared_range_follows_the_output() -> None:
     assert (Classifier("a/b", "hh").low, Classifier("a/b", "hh").high) == (-np.inf, np.inf)
     probability = Classifier("a/b", "hh", output="probability")

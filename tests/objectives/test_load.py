@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mage_ray.errors import FieldError
+from mage_ray.folder import StudyFolder
 from mage_ray.objectives import TYPES, load, score
 
 SOURCE = """
@@ -64,20 +65,23 @@ def test_a_class_or_an_instance(name: str) -> None:
     assert score("longer", objective, ["ab"], ["abcde"]).tolist() == [3]
 
 
-def test_every_builtin_takes_another_direction() -> None:
+def test_every_builtin_takes_another_direction(tmp_path: Path) -> None:
+    trained = StudyFolder(tmp_path)
+    (trained.rewards / "it").mkdir(parents=True)
+    (trained.rewards / "it" / "mage_ray.json").write_text('{"rewards": {"label": null, "max_length": 64}}')
     options: dict[str, dict[str, Any]] = {
         "classifier": {"model": "a/b", "template": "hh"},
         "function": {"path": "my_rewards:vowels"},
     }
     for type in TYPES:
         for direction in ("maximise", "minimise"):
-            assert load("it", type, options.get(type, {}), direction).direction == direction
+            assert load("it", type, options.get(type, {}), direction, trained).direction == direction
 
 
 @pytest.mark.parametrize(
     ("type", "options", "field", "words"),
     [
-        ("funny", {}, "type", "one of positivity, readability, brevity, relevance, classifier, function"),
+        ("funny", {}, "type", "one of positivity, readability, brevity, relevance, classifier, reward, function"),
         ("positivity", {"model": "x"}, "model", "positivity has no options"),
         ("relevance", {"modell": "x"}, "modell", "the options of relevance: model, batch_size, max_length"),
         ("classifier", {"model": "a/b", "template": "hh", "field": "x"}, "field", "the options of classifier: model"),
@@ -90,6 +94,8 @@ def test_every_builtin_takes_another_direction() -> None:
         ("classifier", {"model": "a/b", "template": "hh", "label": 1.5}, "label", "the name or the index"),
         ("classifier", {"model": "a/b", "template": "hh", "batch_size": 0}, "batch_size", "1 or more"),
         ("classifier", {"model": "a/b", "template": "hh", "max_length": True}, "max_length", "1 or more"),
+        ("reward", {}, "model", "got it, allowed: a reward model that has been trained"),
+        ("reward", {"template": "hh"}, "template", "the options of reward: model, output, batch_size"),
         ("relevance", {"batch_size": 2.0}, "batch_size", "1 or more"),
         ("relevance", {"model": 3}, "model", "hub id"),
         ("function", {}, "path", "got nothing"),

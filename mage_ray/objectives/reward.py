@@ -1,0 +1,51 @@
+"""A reward model that the study itself has trained (``mage-ray rewards``) as an objective."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mage_ray.errors import FieldError
+from mage_ray.objectives.base import Direction
+from mage_ray.objectives.classifier import Classifier
+
+if TYPE_CHECKING:
+    from mage_ray.folder import StudyFolder
+
+
+def load_reward(
+    folder: StudyFolder | None,
+    field: str = "objectives.reward",
+    model: str | None = None,
+    direction: Direction = "maximise",
+    output: str = "logit",
+    batch_size: int = 32,
+) -> Classifier:
+    """The entry ``model`` of the study's ``rewards``; the one of the objective's own name unless given.
+
+    It sees a prompt and a completion as it was trained to. ``output`` and ``batch_size`` are the classifier's. Raises
+    FieldError ``<field>.model`` when it isn't in ``folder``.
+    """
+    name = model or field.rpartition(".")[2]
+    spec = None if folder is None else _trained_as(folder.rewards / name)
+    if folder is None or spec is None:
+        raise FieldError(f"{field}.model", name, "a reward model that has been trained (mage-ray rewards)")
+    return Classifier(
+        str(folder.rewards / name),
+        "hh" if spec.get("label") is None else "completion",
+        field,
+        direction,
+        output=output,
+        batch_size=batch_size,
+        max_length=spec["max_length"],
+    )
+
+
+def _trained_as(place: Path) -> dict[str, Any] | None:
+    """What the record of a reward model in ``place`` says of its training; None where there is no such record."""
+    try:
+        spec = json.loads((place / "mage_ray.json").read_text())["rewards"]
+        return spec if isinstance(spec["max_length"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
