@@ -94,7 +94,7 @@ def loss_and_gradient(run: Run, scratch: Path) -> tuple[float, dict[str, np.ndar
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradient = {n: p.grad.numpy().copy() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss), gradient
+    return float(loss.detach()), gradient
 
 
 def nudge(model: torch.nn.Module) -> None:
@@ -136,7 +136,7 @@ def formula(
     loss = torch.stack(losses).mean()
     loss.backward()
     gradient = {n: p.grad.numpy().copy() for n, p in policy.named_parameters() if p.grad is not None}
-    return float(loss), gradient
+    return float(loss.detach()), gradient
 
 
 def agree(got: tuple[float, dict[str, np.ndarray]], want: tuple[float, dict[str, np.ndarray]]) -> None:
@@ -152,14 +152,14 @@ def test_losses_and_gradients_are_the_papers_formulas(
     tiny_model_folder: Path, tmp_path: Path, ray_here: Path, captured: list[Run]
 ) -> None:
     """MODPO of three objectives inside the simplex and at a corner, and an autoregressive reward model."""
-    preferences = [[0.3, 0.2, 0.5], [0.0, 1.0, 0.0]]
+    preferences = [[0.45, 0.05, 0.5], [0.0, 1.0, 0.0]]
     baselines = {"own": {"kind": "modpo", "grid": preferences}, "arm": {"kind": "arm", "kl_strength": 0.05}}
     study = study_of(tiny_model_folder, 3, baselines=baselines)
     folder = make_folder(tmp_path / "study", study, pool_of(3))
     train_baselines(study, folder)
     inside, corner, *arms = captured
     assert [run.name.rsplit("-", 1)[0] for run in captured] == [
-        "own-0.3-0.2-0.5", "own-0-1-0", "arm-early", "arm-late", "arm-third",
+        "own-0.45-0.05-0.5", "own-0-1-0", "arm-early", "arm-late", "arm-third",
     ]  # fmt: skip
     rewards = {
         (str(row["prompt"]), tuple(map(int, row["ids"]))): [row[f"reward/{name}"] for name in study.objectives]
@@ -198,7 +198,10 @@ def test_morlhf_is_the_expert_of_that_mix(
         train_experts(study, folder)
         train_baselines(study, folder)
         expert, _, own = captured
-        assert dict(own.weights) == pytest.approx(dict(expert.weights)) and own.pairs == expert.pairs
+        assert dict(own.weights) == pytest.approx(dict(expert.weights))
+        # Their weights, and so the gaps, may differ by rounding.
+        ours, theirs = ([(pair.chosen, pair.rejected, pair.margin) for pair in run.pairs] for run in (own, expert))
+        assert ours == theirs
         assert own.reference == expert.reference and own.prompts == expert.prompts
         assert (own.study, own.normalisation) == (expert.study, expert.normalisation)
         assert (method == "dpo") == bool(own.pairs) and (method == "grpo") == bool(own.prompts)
