@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from adapters import make_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from training_pools import make_folder, make_pool, make_study
@@ -189,15 +190,14 @@ def test_morlhf_is_the_expert_of_that_mix(
     for method in ("dpo", "grpo"):
         study = study_of(
             tiny_model_folder,
-            training={"backbones": {"bone": {"beta": 0.6}}, "method": method},
-            guidance={"base": "bone", "guide": "bone"},
+            training={"backbones": {"bone": {"beta": 0.6}, "soup": {}}, "method": method},
             baselines={"m": {"kind": "morlhf", "grid": [[0.6, 0.4]]}},
         )
         folder = make_folder(tmp_path / method, study, pool_of())
         captured.clear()
         train_experts(study, folder)
         train_baselines(study, folder)
-        expert, _, own = captured
+        expert, *_, own = captured
         assert dict(own.weights) == pytest.approx(dict(expert.weights))
         # Their weights, and so the gaps, may differ by rounding.
         ours, theirs = ([(pair.chosen, pair.rejected, pair.margin) for pair in run.pairs] for run in (own, expert))
@@ -214,14 +214,14 @@ def test_baselines_are_trained_once_and_answer_where_they_were_trained(
     baselines: dict[str, Any] = {
         "m": {"kind": "morlhf", "steps": 1},
         "o": {"kind": "modpo", "grid": [[0.6, 0.4]]},
-        "arm": {"kind": "arm", "steps": 1},
     }
     study = study_of(tiny_model_folder, baselines=baselines, evaluation={"grid": [[0.6, 0.4]]})
     folder = make_folder(tmp_path / "study", study, pool_of())
-    train_experts(study, folder)
+    for name in study.objective_names:
+        make_adapter(tiny_model_folder, folder.expert("soup", name))
     train_baselines(study, folder)
     places = {path.name: path for path in folder.baselines.iterdir()}
-    assert set(places) == {"m-0.6-0.4", "o-0.6-0.4", "arm-early", "arm-late"}
+    assert set(places) == {"m-0.6-0.4", "o-0.6-0.4"}
     record = json.loads((places["o-0.6-0.4"] / ORIGIN_FILE).read_text())
     assert record["baseline"] == {"kind": "modpo", "steps": 2, "learning_rate": 0.01, "kl_strength": 0.2}
     assert record["weights"] == {"early": 0.6, "late": 0.4} and record["steps"] == 2
@@ -231,8 +231,8 @@ def test_baselines_are_trained_once_and_answer_where_they_were_trained(
     assert {path: path.stat().st_mtime_ns for path in folder.baselines.glob("*/*")} == before
 
     generator = Generator.open(folder.path, rows=8, length=120)
-    for method, mu in (("morlhf", [0.6, 0.4]), ("modpo", [0.6, 0.4]), ("genarm", [0.1, 0.9])):
-        [answer] = generator.generate(["say 1"], mu, method)
+    for method in ("morlhf", "modpo"):
+        [answer] = generator.generate(["say 1"], [0.6, 0.4], method)
         assert answer.ids
     with pytest.raises(FieldError, match=r"preference: got \(0.5, 0.5\), allowed: those that morlhf .*: \(0.6, 0.4\)"):
         generator.plan([0.5, 0.5], "morlhf")
