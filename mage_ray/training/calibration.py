@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LARGEST = 100.0
-"""A scale lies between this and its inverse: rows that are all right would ask for infinity, all wrong for 0."""
+"""A scale lies between this and its inverse."""
 BINS = 10
 
 
@@ -27,13 +27,16 @@ def negative_log_likelihood(margin_N: np.ndarray) -> float:
 def fitted_scale(margin_N: np.ndarray) -> float:
     """The factor of the margins that makes these likeliest: temperature scaling (arXiv:1706.04599), as its inverse.
 
-    The likelihood is concave in it, so the place where its slope is 0 is found by halving, on a logarithmic scale.
+    Each row counts as right with probability (N + 1) / (N + 2) alone, as in Platt's scaling: few rows on which the
+    model happens to be always right would else ask for certainty. The likelihood is concave in the factor, so the place
+    where its slope is 0 is found by halving, on a logarithmic scale.
     """
     margin_N = np.asarray(margin_N, dtype=np.float64)
+    target = (len(margin_N) + 1) / (len(margin_N) + 2)
     low, high = -math.log(LARGEST), math.log(LARGEST)
     for _ in range(60):
         middle = (low + high) / 2
-        slope = (margin_N * _sigmoid(-math.exp(middle) * margin_N)).mean()
+        slope = (margin_N * (target - _sigmoid(math.exp(middle) * margin_N))).mean()
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp((low + high) / 2)
 

@@ -172,7 +172,7 @@ def _label(place: str, value: Any, positive: str | None, others: set[str], field
 
 def _dialogue(place: str, value: Any, head: str | None) -> str:
     """A whole dialogue in HH-RLHF's style from one, from chat messages, or from an answer with the ``head`` before."""
-    text = _messages(value) if isinstance(value, list) else value
+    text: Any = _messages(value) if isinstance(value, list) else value
     if (wrong := bad_text(text)) is not None:
         raise FieldError(place, wrong, _DIALOGUES)
     text = text.strip()
@@ -187,7 +187,7 @@ def _dialogue(place: str, value: Any, head: str | None) -> str:
 
 def _head(place: str, value: Any) -> str:
     """What stands before an answer: a prompt, or a dialogue up to there."""
-    text = _messages(value) if isinstance(value, list) else value
+    text: Any = _messages(value) if isinstance(value, list) else value
     if (wrong := bad_text(text)) is not None:
         raise FieldError(place, wrong, "a prompt that isn't empty")
     text = text.strip()

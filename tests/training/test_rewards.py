@@ -21,12 +21,14 @@ from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
 from mage_ray.models import load_classifier, load_tokenizer
 from mage_ray.objectives import score
+from mage_ray.objectives.classifier import Classifier
 from mage_ray.study import Study
+from mage_ray.training.calibration import negative_log_likelihood
 from mage_ray.training.progress import read_metrics
 from mage_ray.training.ray_train import fit
-from mage_ray.training.reward_data import Comparison, Labelled, Row
+from mage_ray.training.reward_data import Comparison, Labelled, Row, read_rows, split
 from mage_ray.training.reward_trainer import encode
-from mage_ray.training.rewards import check_rewards, train_rewards
+from mage_ray.training.rewards import check_rewards, margins, train_rewards
 from mage_ray.training.rollouts import load_objectives
 from mage_ray.training.run import METRICS, Run
 
@@ -163,7 +165,12 @@ def test_from_files_to_objectives_on_the_command_line(
         assert quality["held_out"] == quality["prompts"] == held and quality["trained_on"] == held / 0.3 - held
         assert accuracy["value"] > 0.85 and accuracy["low"] > quality["rival"]["high"]
         assert calibration["rows"] == held / 2 and calibration["after"]["nll"] < np.log(2)
-        assert calibration["after"]["nll"] < calibration["before"]["nll"] + 0.05
+        # The scale is in the weights.
+        parts = split(read_rows(name, study.rewards[name]), study.rewards[name].held_out, study.seed)
+        own = margins(name, Classifier(str(folder.rewards / name), "completion"), parts.measure)
+        assert calibration["after"]["nll"] == pytest.approx(negative_log_likelihood(own), abs=1e-4)
+        unscaled = negative_log_likelihood(own / quality["scale"])
+        assert calibration["before"]["nll"] == pytest.approx(unscaled, abs=1e-4) and quality["scale"] != 1
 
     # The objectives are these models, on the texts that they were trained on, calibrated.
     objectives = load_objectives(study, folder)
@@ -178,7 +185,7 @@ def test_from_files_to_objectives_on_the_command_line(
         tokenizer = AutoTokenizer.from_pretrained(folder.rewards / name)
         for text, value in zip(shown, got, strict=True):
             logit = model(**tokenizer(text, return_tensors="pt")).logits
-            assert float(logit) == pytest.approx(value, abs=1e-4)
+            assert logit.item() == pytest.approx(value, abs=1e-4)
 
     # A second time there is nothing to do; a spec that has changed is an error.
     before = {path: path.stat().st_mtime_ns for path in folder.rewards.glob("*/*")}
