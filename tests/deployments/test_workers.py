@@ -55,11 +55,12 @@ def test_a_leader_that_leaves_has_stopped_and_can_lead_again(study: StudyFolder)
             await worker.submit(f"old-{i}", Request(PROMPT, soup(study), Sampling(300, seed=i)))
         await anext(worker.events())
         await worker.leave(30)
+        await asyncio.sleep(0.3)  # as long as the others take to leave and to meet again, or less
+        assert worker._runner.live == 0  # none of those that waited has come in
         await worker.lead(0, "gloo", 5.0, 16, None)
-        assert worker._runner.live == 0
         await worker.submit("alone", short)
         assert [piece.token.id for piece in await ended(worker, "alone")] == want
-        assert worker._runner.live == 0  # none of the old ones has come back
+        assert worker._runner.live == 0
 
     asyncio.run(main())
 
