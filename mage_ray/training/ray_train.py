@@ -32,8 +32,13 @@ def fit(run: Run, in_process: bool = False) -> Path:
     """
     # How often the controller looks: a checkpoint counts from then on, and a report waits for the one before it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    if ray.is_initialized() and len(ray.nodes()) == 1:
+        # An actor for each job that watches for nodes about to go: here none goes without the job itself.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
     spec = run.spec
     gpu = spec.gpus_per_worker > 0
