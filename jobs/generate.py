@@ -2,6 +2,8 @@
 
 import sys
 
+sys.path.pop(0)  # this folder: its names would hide a study's own modules
+
 from mage_ray.cli import main
 
 sys.exit(main(["generate", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from clusters import job_cluster
+from clusters import job_cluster, submit_command, with_token
 from studies import REWARDS, tiny_study
 
 from mage_ray.generator import Generator
@@ -125,10 +125,10 @@ def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: 
     entry = f"{sys.executable} jobs/train.py --study {place / 'study.yaml'} --folder {place / 'run'}"
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(place)}, "excludes": [".venv", "runs", ".git"]})
     with job_cluster(place) as cluster:
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster]
         done = subprocess.run(
-            [*submit, "--working-dir", ".", "--runtime-env-json", environment, "--", *entry.split()],
+            submit_command(cluster, "--working-dir", ".", "--runtime-env-json", environment, "--", *entry.split()),
             cwd=root,
+            env=with_token(),
             capture_output=True,
             text=True,
             timeout=400,

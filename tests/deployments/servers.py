@@ -16,7 +16,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import yaml
-from clusters import free_port
+from clusters import free_port, with_token
 from openai import OpenAI
 
 ROOT = Path(__file__).parent.parent.parent
@@ -141,6 +141,5 @@ def deploy(cluster: Serving, config: dict[str, Any], user_config: Mapping[str, A
     config["applications"][0]["deployments"] = [{"name": "mage_ray", "user_config": dict(user_config)}]
     (place / "config.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", cluster.url, "config.yaml"]
-    token = os.environ | {"RAY_AUTH_MODE": "token"}
-    done = subprocess.run(command, cwd=place, env=token, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place, env=with_token(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
