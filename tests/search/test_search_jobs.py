@@ -53,7 +53,13 @@ def searching(place: Path, *options: str, **environment: str) -> subprocess.Pope
         text=True,
         env=os.environ | {"PYTHONPATH": str(place), "COLUMNS": "120"} | environment,
         start_new_session=True,
+        preexec_fn=heeds_interrupts,
     )
+
+
+def heeds_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does whatever that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
