@@ -32,6 +32,8 @@ _WAITING: dict[str, float] = {"memory": 64 * 2**20}
 """What a trial takes: the engines have the CPUs, and a trial that asked for none at all would be refused."""
 _SNAPSHOT_SECONDS = "1"
 """How often Tune writes down where it stands."""
+_LOSSES = 3
+"""How often trials whose processes died, again and again, are begun anew."""
 
 
 def search_study(
@@ -127,6 +129,7 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     from mage_ray.search import tuning
     from mage_ray.search.engine import rung_sizes
     from mage_ray.search.outcome import finished
+    from mage_ray.search.saved import recount
     from mage_ray.search.trial import Trials, forget_failures, read_records
 
     spec = space.study.search
@@ -148,8 +151,13 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     forget_failures(folder)
     # A search that was given up has no reports left, and Tune takes it for an ended one.
     going_on = read_records(folder) and tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place)
+
+    def restored() -> tune.Tuner:
+        recount(str(place))
+        return tune.Tuner.restore(str(place), trainable, resume_errored=True)
+
     if going_on:
-        tuner = tune.Tuner.restore(str(place), trainable, resume_errored=True)
+        tuner = restored()
     else:
         # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.
         shutil.rmtree(place, ignore_errors=True)
@@ -173,7 +181,12 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
         )
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with shown(console, "search") as progress, _polled(folder, spec.trials, progress):
-        tuner.fit()
+        for _ in range(_LOSSES):
+            ended = tuner.fit()
+            # Those that failed by themselves have said why.
+            if not ended.num_errors or len(read_records(folder)) >= len(ended):
+                break
+            tuner = restored()
     records = read_records(folder)
     if not finished(records):
         reasons = [record["error"] for record in records if "error" in record]

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.tune.search import Searcher
+from ray.tune.search.search_generator import SearchGenerator
+
+from mage_ray.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,16 @@ def agree(searcher: Searcher, folder: str, waiting: set[str], known: set[str], l
             lost(trial_id)
         elif trial.ended:
             searcher.on_trial_complete(trial_id, trial.result, trial.failed)
+
+
+def recount(folder: str) -> None:
+    """Make the Tuner's own count of the trials that it has begun that of its table of trials.
+
+    Both are saved one after the other: a count that a kill leaves ahead ends a search early, one that it leaves behind
+    lets it try too many.
+    """
+    table = saved_trials(folder)
+    for path in sorted(Path(folder).glob(SearchGenerator.CKPT_FILE_TMPL.format("*")))[-1:]:
+        state = cloudpickle.loads(path.read_bytes())
+        if table is not None and state["counter"] != len(table):
+            write_atomic(path, cloudpickle.dumps(state | {"counter": len(table)}))
