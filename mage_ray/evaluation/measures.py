@@ -10,6 +10,9 @@ its controllability, sparsity and spacing are ``nan``, because 0 would read as t
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -119,6 +122,21 @@ def repetition(text: str, n: int = 4) -> float:
     """
     grams = _ngrams(text, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(groups: Sequence[Sequence[str]], n: int = 2) -> tuple[float, Floats]:
+    """distinct-n of all texts together: ``|distinct word n-grams| / |word n-grams|``, in [0, 1].
+
+    And [groups], the same of the texts of all groups but one. 0 where there is no n-gram. Low is a model that says the
+    same to everybody, which no measure of a single answer shows. It falls as texts grow longer. Source: Li et al. 2016.
+    """
+    grams = [Counter(gram for text in texts for gram in _ngrams(text, n)) for texts in groups]
+    carriers = Counter(gram for own in grams for gram in own)
+    total = sum(own.total() for own in grams)
+    totals = np.array([total - own.total() for own in grams], dtype=np.float64)
+    lost = np.array([sum(carriers[gram] == 1 for gram in own) for own in grams])
+    without = np.divide(len(carriers) - lost, totals, out=np.zeros(len(grams)), where=totals > 0)
+    return len(carriers) / total if total else 0.0, without
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mage_ray.errors import UserError
-from mage_ray.evaluation.measures import Floats, repetition
+from mage_ray.evaluation.measures import Floats, distinct, repetition
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +50,15 @@ def mean_cells(name: str, frame: pd.DataFrame, objectives: Sequence[str], prompt
         )
     cells = keyed.reindex(wanted).to_numpy(dtype=np.float64)
     return cells.reshape(len(points), len(prompts), len(seeds), -1).mean(axis=2)
+
+
+def distinct_by_prompt(frame: pd.DataFrame, prompts: Any) -> tuple[float, Floats]:
+    """distinct-2 of each point's answers, the mean over the points; and [prompts] the same without each prompt's."""
+    points = []
+    for _, own in frame.groupby("point"):
+        texts = own.groupby("prompt_id", sort=False)["completion"].agg(list)
+        points.append(distinct([texts[prompt] for prompt in prompts]))
+    return float(np.mean([value for value, _ in points])), np.mean([without for _, without in points], axis=0)
 
 
 def shared_grid(frames: Mapping[str, pd.DataFrame], n: int) -> dict[int, Floats]:

@@ -88,6 +88,14 @@ GROUPS: dict[str, tuple[Column, ...]] = {
             False,
             "Share of word 4-grams that repeat an earlier one of the same completion.",
         ),
+        Column(
+            "distinct",
+            "distinct-2",
+            3,
+            False,
+            "Of all word pairs in the answers at a preference, the share that are different: low where everybody gets "
+            "the same answer. It falls as answers grow longer.",
+        ),
     ),
 }
 COLUMNS = tuple(column for columns in GROUPS.values() for column in columns)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mage_ray.evaluation.measures import (
     controllability,
+    distinct,
     front_length,
     hypervolume,
     inner_product,
@@ -133,6 +134,26 @@ def test_a_front_of_one_point() -> None:
 def test_points_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         sparsity([1.0, 2.0])
+
+
+def test_distinct_by_hand() -> None:
+    # ab bc | ab | none: 2 of 3; without the first ab of one, without the second ab bc of two, without the third as all.
+    value, without = distinct([["a b c"], ["A  b"], ["x", ""]])
+    assert value == pytest.approx(2 / 3)
+    np.testing.assert_allclose(without, [1.0, 1.0, 2 / 3])
+    assert distinct([["a b"], ["c d"]], n=1)[0] == 1.0
+    assert distinct([["one"], ["two"]])[0] == 0.0
+    value, without = distinct([["same words", "same words"], ["same words"]])
+    assert value == pytest.approx(1 / 3)
+    np.testing.assert_allclose(without, [1.0, 1 / 2])
+
+
+@given(st.lists(st.lists(st.text("ab ", max_size=12), min_size=1, max_size=3), min_size=2, max_size=6))
+def test_distinct_without_a_group_is_that_of_the_others(groups: list[list[str]]) -> None:
+    value, without = distinct(groups)
+    assert 0 <= value <= 1
+    for left_out, found in enumerate(without):
+        assert found == pytest.approx(distinct([g for i, g in enumerate(groups) if i != left_out])[0])
 
 
 def test_repetition_by_hand() -> None:

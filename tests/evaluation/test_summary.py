@@ -47,9 +47,15 @@ def test_values_are_the_measures_of_the_mean_points(samples: pd.DataFrame) -> No
             "kl": rows["kl"].mean(),
             "length": rows["tokens"].mean(),
             "repetition": rows["completion"].map(measures.repetition).mean(),
+            "distinct": np.mean([distinct_2(rows[rows["point"] == p]["completion"]) for p in range(11)]),
         }
         assert set(expected) == set(MEASURES)
         assert {name: one.measures[name].value for name in MEASURES} == pytest.approx(expected)
+
+
+def distinct_2(texts: pd.Series) -> float:
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def test_row_order_does_not_matter(samples: pd.DataFrame) -> None:
@@ -219,3 +225,27 @@ def test_unknown_columns_methods_and_measures_are_named(samples: pd.DataFrame) -
         summary.method("mod")
     with pytest.raises(FieldError, match=r"^measure: got volume"):
         paired_difference(summary, "bone-soup", "reference", "volume")
+
+
+def test_the_interval_of_distinct_2_is_about_where_other_prompts_put_it() -> None:
+    """Against drawing the prompts anew from all that there are, which resampling a few stands for."""
+    random = np.random.default_rng(3)
+    words = [f"w{i}" for i in range(60)]
+    texts = [" ".join(random.choice(words, 12, p=np.arange(60, 0, -1) / 1830)) for _ in range(4000)]
+    values, bounds = [], []
+    for begin in range(0, 4000, 40):
+        own = texts[begin : begin + 40]
+        frame = pd.DataFrame(
+            {
+                "method": "one", "point": 0, "preference": None, "prompt_id": [f"p{i}" for i in range(40)], "seed": 0,
+                "completion": own, "tokens": 12, "kl": 0.0, "reward/o0": 0.0, "reward/o1": 0.0,
+            }
+        )  # fmt: skip
+        frame["preference"] = [(0.5, 0.5)] * 40
+        found = summary_of(frame).method("one").measures["distinct"]
+        values.append(found.value)
+        bounds.append((found.low, found.high))
+    lows, highs = np.array(bounds).T
+    held = np.mean((lows <= np.mean(values)) & (np.mean(values) <= highs))
+    assert held >= 0.85
+    assert np.mean(highs - lows) < 2 * (np.quantile(values, 0.975) - np.quantile(values, 0.025))
