@@ -16,6 +16,10 @@ Progress = Callable[[int, int], None]
 """Told how many items are done, and of how many."""
 
 
+_STARTS = 2
+"""How often a cluster of our own is started: Ray gives its processes half a minute, which a busy machine may not."""
+
+
 @contextmanager
 def connected(cpus: int | None = None) -> Iterator[None]:
     """Within it, Ray is there: the cluster that ``RAY_ADDRESS`` or a submitted job names, or one of this machine's own.
@@ -38,7 +42,14 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     # A worker finds programs (ninja, for one) where this process would.
     scripts = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([scripts, *os.environ.get("PATH", "").split(os.pathsep)])
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **local)
+    for left in reversed(range(_STARTS if ours else 1)):
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **local)
+            break
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
     try:
         yield
     finally:
