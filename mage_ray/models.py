@@ -76,15 +76,17 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
     return model if device is None else model.to(device)
 
 
-def load_classifier(name: str, dtype: str = "float32") -> PreTrainedModel:
+def load_classifier(name: str, dtype: str = "float32", layers: int | None = None) -> PreTrainedModel:
     """The same with a new head ``score`` of one output in place of its LM head, as reward models have; it says 0.
 
-    Raises what ``load_model`` does, and ``FieldError`` for an architecture of which transformers has no classifier.
+    With ``layers`` it has the lowest layers alone. Raises what ``load_model`` does, and ``FieldError`` for more layers
+    than the model has, or an architecture of which transformers has no classifier.
     """
     from transformers import AutoModelForSequenceClassification
 
+    fewer = {} if layers is None else {"num_hidden_layers": layers}
     try:
-        model = _load(AutoModelForSequenceClassification, name, dtype, new="score.weight", num_labels=1)
+        model = _load(AutoModelForSequenceClassification, name, dtype, new="score.weight", num_labels=1, **fewer)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -118,6 +120,9 @@ def _load(auto_class: Any, name: str, dtype: str, new: str | None = None, **opti
             raise _cannot_load("model", name, error) from error
     model, loading = loaded
     # transformers would fill them with random numbers and only warn.
+    wanted, has = options.get("num_hidden_layers"), config.get("num_hidden_layers")
+    if wanted is not None and not (isinstance(has, int) and wanted <= has):
+        raise FieldError("layers", wanted, f"up to {has}, those of {name}")
     if missing := sorted(set(loading["missing_keys"]) - {new}):
         raise UserError(f"cannot load the model {name}: its files lack {len(missing)} tensors, {missing[0]} for one")
     return model

@@ -191,6 +191,8 @@ class RewardSpec(Part):
     """The label of the wanted texts; true or 1 unless given."""
     model: str | None = None
     """What it is trained from; the study's model unless given."""
+    layers: Positive | None = None
+    """The lowest of its layers alone, which makes training and scoring cheaper; None for all."""
     lora: LoraSpec = LoraSpec()
     steps: Positive = 200
     batch_size: Positive = 16

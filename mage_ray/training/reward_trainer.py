@@ -36,7 +36,9 @@ def tuned_classifier(run: Run, dtype: str) -> Any:
     """The run's model with a head that says 0, and LoRA around it: the head is trained whole."""
     from peft import get_peft_model
 
-    return get_peft_model(load_classifier(run.study.model, dtype), lora_config(run.spec.lora, "SEQ_CLS"))
+    assert run.reward is not None
+    classifier = load_classifier(run.study.model, dtype, run.reward.layers)
+    return get_peft_model(classifier, lora_config(run.spec.lora, "SEQ_CLS"))
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:

@@ -109,6 +109,19 @@ def test_a_new_classifier_says_nothing_yet_and_has_the_models_weights(tiny_model
         load_classifier("/nowhere")
 
 
+def test_a_classifier_of_the_lowest_layers_alone(tiny_model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = load_classifier(str(tiny_model_folder), layers=1)
+    causal = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    middle = causal.model(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(model.model(ids).last_hidden_state, causal.model.norm(middle), atol=1e-6)
+    assert model.config.num_hidden_layers == 1
+    with pytest.raises(FieldError, match="layers: got 99, allowed: up to 2"):
+        load_classifier(str(tiny_model_folder), layers=99)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs", "texts"])
 def test_a_paused_run_goes_on_as_an_unbroken_one(
