@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     begun.add_argument("--resume", action="store_true", help="go on with a search that was cut short")
     begun.add_argument("--fresh", action="store_true", help="forget the search that is there, and begin anew")
 
+    compare = verb("compare", _compare, "Train, tune and test every method side by side; write comparison.json.")
+    takes_study(compare)
+    compare.add_argument("--seed", type=int, help="in place of the study's; its folder is runs/<name>-<seed> then")
+    compare.add_argument("--fresh", action="store_true", help="forget that the test prompts have been used")
+    compare.add_argument("--against", metavar="FILE", help="another comparison.json: do both rank the methods alike?")
+
     generate = verb("generate", _generate, "Answer one prompt at a preference, as it is written.")
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
     generate.add_argument("--study", required=True, help="a trained study's folder")
@@ -150,6 +156,13 @@ def _search(options: argparse.Namespace) -> None:
 
     study, folder = jobs.open_study(options.study, options.folder)
     jobs.search(study, folder, _console(), resume=options.resume, fresh=options.fresh)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    study, folder = jobs.open_study(options.study, options.folder, options.seed)
+    jobs.compare(study, folder, _console(), fresh=options.fresh, against=options.against)
 
 
 def _generate(options: argparse.Namespace) -> None:

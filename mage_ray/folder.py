@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class StudyFolder:
     study.yaml, betas.json (where training chose some), rollouts/*.parquet and rollouts/normalisation.json,
     experts/<set>-<objective>/ (PEFT adapters), values/<set>-<objective>/ (adapters with value heads),
     baselines/<set>-<preference or objective>/ (adapters), rewards/<name>/ (sequence classifiers),
-    evaluation/*.parquet, analysis/, search/, recipe.yaml, report/index.html.
+    evaluation/*.parquet, analysis/, search/, recipe.yaml, comparison/, report/index.html.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -38,6 +39,7 @@ class StudyFolder:
         self.report = self.path / "report"
         self.search = self.path / "search"
         self.recipe = self.path / "recipe.yaml"
+        self.comparison = self.path / "comparison"
 
     @property
     def study(self) -> Study:
@@ -68,13 +70,19 @@ class StudyFolder:
         """The adapter of the row of ``backbone``'s mix that belongs to ``objective``."""
         return self.experts / f"{backbone}-{objective}"
 
+    def borrow(self, other: StudyFolder, part: str) -> None:
+        """Have a part of another study's folder here, too, by a link."""
+        here, there = self.path / part, other.path / part
+        if there.exists() and not here.is_symlink():
+            here.symlink_to(os.path.relpath(there.resolve(), self.path.resolve()))
+
     @classmethod
     def create(cls, path: Path | str, study: Study) -> StudyFolder:
         """The folder for ``study``, made if it isn't there.
 
         Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
-        ``evaluation``, ``strategies``, ``analysis`` and ``search`` may differ from what it was made with, and
-        ``values``, ``baselines`` and ``rewards`` may gain entries.
+        ``evaluation``, ``strategies``, ``analysis``, ``search`` and ``compare`` may differ from what it was made with,
+        and ``values``, ``baselines`` and ``rewards`` may gain entries.
         """
         folder = cls(path)
         if folder.study_file.exists():

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mage_ray.errors import UserError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
 from mage_ray.study import Study, load_study
 
@@ -27,18 +27,27 @@ SHOWN_TEMPERATURE = 0.4
 """Low, so that the three answers differ by preference more than by chance."""
 
 
-def open_study(study: Path | str, folder: Path | str | None = None) -> tuple[Study, StudyFolder]:
+def open_study(
+    study: Path | str, folder: Path | str | None = None, seed: int | None = None
+) -> tuple[Study, StudyFolder]:
     """The study in a YAML file, and its folder (``runs/<name>`` unless given), or an existing study folder.
 
-    Raises UserError when neither is there, or when the folder was made for another study.
+    With a ``seed`` a file's study has this one in place of its own, and ``-<seed>`` in its name. Raises UserError when
+    neither is there, or when the folder was made for another study.
     """
     path = Path(study)
     if path.is_dir():
+        if seed is not None:
+            raise UserError(f"--seed: got {seed}, allowed: nothing, since --study is a study folder already")
         if folder is not None:
             raise UserError(f"--folder: got {folder}, allowed: nothing, since --study is a study folder already")
         place = StudyFolder(path)
         return place.study, place
     spec = load_study(path)
+    if seed is not None:
+        if seed < 0:
+            raise FieldError("--seed", seed, "a whole number, 0 or more")
+        spec = spec.model_copy(update={"seed": seed, "name": f"{spec.name}-{seed}"})
     place = StudyFolder.create(folder or Path("runs") / spec.name, spec)
     return place.study, place
 
@@ -188,6 +197,32 @@ def search(study: Study, folder: StudyFolder, console: Console, *, resume: bool 
         console.print(f"{name} on unseen prompts: {ours}, defaults {own}, difference {between}", highlight=False)
     console.print(f"recipe: {folder.recipe}", highlight=False, soft_wrap=True)
     return recipe
+
+
+def compare(
+    study: Study, folder: StudyFolder, console: Console, *, fresh: bool = False, against: Path | str | None = None
+) -> None:
+    """Train, tune and test every method of the study's comparison, print what it finds, and hold it against another."""
+    from mage_ray.cluster import connected
+    from mage_ray.comparison.page import print_comparison
+    from mage_ray.comparison.results import COMPARED, agreement, read_comparison
+    from mage_ray.comparison.run import RESULT, compare_study
+
+    other = None if against is None else read_comparison(Path(against))
+    start = time.monotonic()
+    with connected():
+        content = compare_study(study, folder, console, fresh, _facts(study))
+    print_comparison(content, console)
+    for measure in COMPARED if other is not None else ():
+        found = agreement(content, other or {}, measure)
+        turned = ", ".join(" and ".join(pair) for pair in found["turned"]) or "none"
+        console.print(
+            f"{measure}: both tell {len(found['kept'])} pairs apart alike; the other way round: {turned}",
+            highlight=False,
+        )
+    console.print(f"comparison: {time.monotonic() - start:.0f} s in this run", highlight=False)
+    for path in (folder.comparison / RESULT, folder.report / "comparison.html"):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def analyse(study: Study, folder: StudyFolder, names: Sequence[str], console: Console) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from mage_ray.comparison.spec import CompareSpec
 from mage_ray.decoding.methods import PER_PREFERENCE
 from mage_ray.errors import FieldError, UserError
 from mage_ray.fields import Part, one_line
@@ -61,6 +62,7 @@ class Study(Part):
     strategies: StrategySpec = StrategySpec()
     analysis: AnalysisSpec = AnalysisSpec()
     search: SearchSpec = SearchSpec()
+    compare: CompareSpec = CompareSpec()
 
     @property
     def digest(self) -> str:
@@ -114,6 +116,7 @@ class Study(Part):
         self.evaluation_grid()
         self._grid("analysis.grid", self.analysis.grid)
         self.search_grid()
+        self.validation_grid()
         self.reference_point()
         return self
 
@@ -161,6 +164,10 @@ class Study(Part):
     def search_grid(self) -> list[Preference]:
         """The preferences that a setting is tried at."""
         return self.evaluation_grid() if self.search.grid is None else self._grid("search.grid", self.search.grid)
+
+    def validation_grid(self) -> list[Preference]:
+        """The preferences at which a comparison tries settings."""
+        return self.evaluation_grid() if self.compare.grid is None else self._grid("compare.grid", self.compare.grid)
 
     def _grid(self, field: str, grid: int | list[list[float]] | None) -> list[Preference]:
         if isinstance(grid, list):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mage_ray.chat import conversation
+from mage_ray.chat import Chat, conversation
 from mage_ray.decoding.methods import Setup, compact
 from mage_ray.decoding.plan import Plan, Row
 from mage_ray.decoding.request import Generation, Request, Sampling
@@ -139,9 +139,7 @@ class CellRunner:
         prompts = dict.fromkeys(prompt for cell in todo for prompt in cell.prompts)
         systems = dict.fromkeys([study.system, *(cell.way.system for cell in todo)])
         encoded = {
-            (prompt, system): generator.chat.encode_messages(conversation(prompt.text, system))
-            for prompt in prompts
-            for system in systems
+            (prompt, system): _encoded(generator.chat, prompt, system) for prompt in prompts for system in systems
         }
         draws = [(prompt, seed) for prompt in prompts for seed in study.evaluation.seeds]
         # Prompt by prompt: rows that several cells share, the reference above all, are computed once.
@@ -151,7 +149,7 @@ class CellRunner:
             Request(
                 encoded[prompt, study.system if cell.way.system is None else cell.way.system],
                 plans[cell.path],
-                replace(cell.sampling, seed=draw_seed(study.seed, prompt.id, seed)),
+                replace(cell.sampling, seed=_seed(study, cell, prompt, seed)),
             )
             for cell, prompt, seed in asked
         ]
@@ -184,6 +182,21 @@ class CellRunner:
         for members, at_once in ((others, None), (beams, max(1, engine.runner.rows // rows))):
             for found in search_all(engine, [ways[i].start(requests[i], decode) for i in members], at_once):
                 yield members[found.place], found
+
+
+def cell_request(study: Study, chat: Chat, cell: Cell, prompt: Prompt, seed: int) -> Request:
+    """What a cell asks for one of its prompts with one of the evaluation's seeds, over a bank of its own sets."""
+    tokens = _encoded(chat, prompt, study.system if cell.way.system is None else cell.way.system)
+    return Request(tokens, cell.plan, replace(cell.sampling, seed=_seed(study, cell, prompt, seed)))
+
+
+def _seed(study: Study, cell: Cell, prompt: Prompt, seed: int) -> int:
+    """The same for all preferences and methods, so that what they share cancels; but for ways with a stream."""
+    return draw_seed(study.seed, prompt.id, seed, *filter(None, [cell.way.stream]))
+
+
+def _encoded(chat: Chat, prompt: Prompt, system: str | None) -> tuple[int, ...]:
+    return chat.encode_messages(conversation(prompt.text, system))
 
 
 def _over_bank(cell: Cell, sizes: Mapping[str, int]) -> Plan:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from mage_ray import objectives
 from mage_ray.cluster import Progress, counted, run_shards
-from mage_ray.decoding.methods import BASELINES
+from mage_ray.decoding.methods import BASELINES, Setup
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
 from mage_ray.evaluation.strategies import way_to
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup, needed_sets
 from mage_ray.preference import Preference
+from mage_ray.prompts import Prompt
 from mage_ray.search.recipe import Recipe
 from mage_ray.study import Study
 from mage_ray.training.rollouts import load_normaliser, load_objectives, study_prompts
@@ -26,24 +28,37 @@ _CELLS = 12
 """Cells in a shard, at most: they are generated in one batch, and a worker that is killed loses that much."""
 
 
-def method_cells(study: Study, folder: StudyFolder, methods: Mapping[str, str]) -> list[Cell]:
-    """The evaluation's cells of some methods by their labels, method after method.
+def method_cells(
+    study: Study,
+    folder: StudyFolder,
+    methods: Mapping[str, str],
+    *,
+    setups: Mapping[str, Setup] = MappingProxyType({}),
+    grid: Sequence[Preference] | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    place: Path | None = None,
+) -> list[Cell]:
+    """The cells of some methods by their labels, method after method.
 
-    Raises FieldError for a method without the experts that it needs, or one that isn't trained for a preference of the
-    grid.
+    What a method draws on is its label's in ``setups``, all over the same sets, else the study's own; the grid, the
+    prompts and the folder of the files are the evaluation's unless given. Raises FieldError for a method without the
+    experts that it needs, or one that isn't trained for a preference of the grid.
     """
-    setup = bank_setup(study, needed_sets(folder, study))
-    grid = study.evaluation_grid()
-    _, prompts = study_prompts(study)
+    own_setup = bank_setup(study, needed_sets(folder, study)) if set(methods) - set(setups) else None
+    grid = study.evaluation_grid() if grid is None else grid
+    prompts = study_prompts(study)[1] if prompts is None else prompts
     # A baseline's experts may be many, and every row pays for all that are in its bank: each has one of its own.
     banks = [[label for label, method in methods.items() if method not in BASELINES]]
-    banks += [[label] for label, method in methods.items() if method in BASELINES]
+    banks += [[label for label in methods if methods[label] == baseline] for baseline in BASELINES]
     cells = []
-    for labels in banks:
-        found = {label: [way_to(methods[label], mu, setup, study) for mu in grid] for label in labels}
+    for labels in filter(None, banks):
+        setup: Any = {label: setups.get(label, own_setup) for label in labels}
+        found = {label: [way_to(methods[label], mu, setup[label], study) for mu in grid] for label in labels}
         plans = {label: [plan for plan, _ in own] for label, own in found.items()}
         ways = {label: [way for _, way in own] for label, own in found.items()}
-        cells += make_cells(study, folder, folder.evaluation, plans, setup, grid, prompts, ways=ways)
+        # Any of them: they tell the sets' places in the bank, which are the same.
+        shared = setup[labels[0]]
+        cells += make_cells(study, folder, place or folder.evaluation, plans, shared, grid, prompts, ways=ways)
     order = list(methods)
     return sorted(cells, key=lambda cell: order.index(cell.method))
 

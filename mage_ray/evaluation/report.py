@@ -23,6 +23,7 @@ __all__ = ["print_table", "write_report"]
 _PAGES = {
     "analyses": ("Analyses", "when merging and guiding work."),
     "search": ("Search", "which constants were tried, and what the best of them gain on unseen prompts."),
+    "comparison": ("Comparison", "every method under the same conditions."),
 }
 """What may lie beside a report; its links to them stand between the marks."""
 _MARKS = ("<!-- pages -->", "<!-- /pages -->")
@@ -54,7 +55,7 @@ def write_report(
         write_atomic(folder / name, data)
 
 
-def write_page(folder: Path, name: Literal["analyses", "search"], title: str, body: str) -> Path:
+def write_page(folder: Path, name: Literal["analyses", "search", "comparison"], title: str, body: str) -> Path:
     """Write ``<name>.html`` beside a report, which links to it, whichever of them is written first."""
     path = folder / f"{name}.html"
     write_atomic(path, page(title, f"<h1>{escape(title)}</h1>\n{body}"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mage_ray.decoding.methods import Setup, plan_for
 from mage_ray.decoding.plan import Cadence, Plan
 from mage_ray.errors import FieldError
-from mage_ray.preference import Preference
+from mage_ray.preference import Preference, preference_label
 
 if TYPE_CHECKING:
     from mage_ray.decoding.request import Request
@@ -57,10 +57,14 @@ class Beams:
 
 @dataclass(frozen=True)
 class Way:
-    """What is done with a plan: one draw, or what ``search`` says, after ``system`` where it isn't the study's own."""
+    """What is done with a plan: one draw, or what ``search`` says, after ``system`` where it isn't the study's own.
+
+    Ways with a ``stream`` draw other random numbers than all others.
+    """
 
     search: BestOf | Beams | None = None
     system: str | None = None
+    stream: str = ""
 
     def start(self, request: Request, decode: Decode) -> Strategy:
         """The strategy for one request."""
@@ -98,14 +102,19 @@ def _prompting(mu: Preference, setup: Setup, study: Study) -> tuple[Plan, Way]:
     return plan_for("reference", mu, setup), Way(system=system)
 
 
+def _redrawn_reference(mu: Preference, setup: Setup, study: Study) -> tuple[Plan, Way]:
+    return plan_for("reference", mu, setup), Way(stream=preference_label(mu))
+
+
 STRATEGIES: dict[str, Callable[[Preference, Setup, Study], tuple[Plan, Way]]] = {
     "best-of-n": _best_of_n,
     "beam-search": _beam_search,
     "prompting": _prompting,
+    "redrawn-reference": _redrawn_reference,
 }
 """The best of several samples of the base by the merged value; guided beam search (weak-to-strong search,
-arXiv:2405.19262); and rewards in context: the reference model, told the preference (as RiC, arXiv:2402.10207, but
-without training)."""
+arXiv:2405.19262); rewards in context: the reference model, told the preference (as RiC, arXiv:2402.10207, but without
+training); and the reference drawn anew for each preference: what chance alone makes of a front."""
 
 
 def way_to(method: str, mu: Preference, setup: Setup, study: Study) -> tuple[Plan, Way]:

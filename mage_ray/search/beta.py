@@ -57,6 +57,7 @@ def _try(study: Study, folder: StudyFolder, name: str, beta: float, steps: int, 
     train_early(early, folder, place, steps, console)
     place.rollouts.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder.normalisation, place.normalisation)
+    place.borrow(folder, "rewards")
     setup = bank_setup(early, [name])
     grid = early.search_grid()
     plans = {"bone-soup": [plan_for("bone-soup", mu, setup) for mu in grid]}

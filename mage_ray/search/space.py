@@ -86,7 +86,7 @@ class Space:
     @property
     def domains(self) -> dict[str, Any]:
         """The dimensions as Tune's domains."""
-        return {name: _domain(value, whole=name == "candidates") for name, value in self.dimensions.items()}
+        return {name: domain(value, whole=name == "candidates") for name, value in self.dimensions.items()}
 
     @cached_property
     def single(self) -> dict[str, Any]:
@@ -283,9 +283,10 @@ def _holds(allowed: RangeSpec | list[Any], value: Any) -> bool:
     return allowed.low <= value <= allowed.high and on_step
 
 
-def _domain(value: RangeSpec | list[Any], whole: bool) -> Any:
-    if isinstance(value, list):
-        return tune.choice(value)
+def domain(value: RangeSpec | Sequence[Any], whole: bool) -> Any:
+    """Tune's domain of a range, in whole numbers or not, or of options."""
+    if not isinstance(value, RangeSpec):
+        return tune.choice(list(value))
     if whole:
         low, high, step = int(value.low), int(value.high), int(value.step or 1)
         if value.log:

@@ -145,7 +145,7 @@ def _train_round(
         def finished(run: Run, checkpoint: Path) -> None:
             expert = by_name[run.name]
             places = expert.places if last else [_between(folder, expert, round)]
-            _export(study, expert, checkpoint, places, origin.result())
+            _export(study, expert, run, checkpoint, places, origin.result())
 
         fit_all(list(runs.values()), at_once, finished, console)
     return list(experts)
@@ -225,13 +225,16 @@ def _between(folder: StudyFolder, expert: Expert, round: int) -> Path:
     return folder.checkpoints / "rounds" / str(round) / expert.name
 
 
-def _export(study: Study, expert: Expert, checkpoint: Path, places: Sequence[Path], origin: Mapping[str, str]) -> None:
+def _export(
+    study: Study, expert: Expert, run: Run, checkpoint: Path, places: Sequence[Path], origin: Mapping[str, str]
+) -> None:
     """Put the adapter of a finished run in ``places``, with its record."""
     state = load_state(checkpoint)
     record = {
         **origin,
         "weights": dict(expert.weights),
         "steps": state.step * study.training.rounds,
+        "answer_tokens": None if run.answer_tokens is None else run.answer_tokens * study.training.rounds,
         "metrics": state.metrics,
         **expert.record,
     }

@@ -61,6 +61,15 @@ class Run:
         return self.checkpoints / self.name
 
     @property
+    def answer_tokens(self) -> int | None:
+        """Tokens of the answers that its steps learn from; None where it samples them as it goes."""
+        if self.prompts:
+            return None
+        answers = [sample for pair in self.pairs for sample in (pair.chosen, pair.rejected)]
+        answers += [example.sample for example in self.examples]
+        return sum(len(sample.ids) for sample in answers)
+
+    @property
     def end(self) -> int:
         """The step after which it stops this time."""
         return self.spec.steps if self.until is None else self.until

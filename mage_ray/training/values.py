@@ -122,7 +122,8 @@ def _export(run: Run, place: Path, checkpoint: Path, origin: dict[str, str]) -> 
     assert run.values is not None
     state = load_state(checkpoint)
     values = run.values.model_dump(mode="json")
-    record = {**origin, "values": values, "steps": state.step, "metrics": state.metrics}
+    tokens = run.answer_tokens
+    record = {**origin, "values": values, "steps": state.step, "answer_tokens": tokens, "metrics": state.metrics}
     export_checkpoint(checkpoint, place, record)
 
 

@@ -14,6 +14,9 @@ import torch
 from tiny import make_tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from mage_ray.comparison.variants import compared_methods
+from mage_ray.decoding.methods import KNOWN
+from mage_ray.evaluation.strategies import STRATEGIES as WAYS
 from mage_ray.folder import StudyFolder
 from mage_ray.objectives import score
 from mage_ray.study import Study, parse_study
@@ -180,6 +183,13 @@ def test_a_tasks_reward_models_are_asked_as_they_were_trained(task: str, tmp_pat
         truth = one_by_one(standing[name], label, shown)
         assert np.ptp(truth) > 1e-3, name
         np.testing.assert_allclose(score(name, objective, PROMPTS, ANSWERS), truth, atol=5e-5, err_msg=name)
+
+
+def test_the_comparisons_study_trains_all_that_can_be_compared() -> None:
+    study = shipped("hh-two")
+    assert list(study.rewards) == list(study.objectives) == ["helpful", "harmless"]
+    assert {*compared_methods(study)} == {*KNOWN, *WAYS}
+    assert len(study.evaluation_grid()) == 11
 
 
 def test_the_local_study_trains_the_reward_models_that_its_objectives_name() -> None:

@@ -1,0 +1,114 @@
+"""What each method costs: what was trained and is stored for it, and what an answer takes in time and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mage_ray.cluster import counted, run_shards
+from mage_ray.comparison.variants import Variant
+from mage_ray.decoding.methods import compact
+from mage_ray.evaluation.cells import Cell, cell_request
+from mage_ray.files import write_atomic
+from mage_ray.folder import StudyFolder
+from mage_ray.generator import bank_setup, set_places
+from mage_ray.merging.adapter import ORIGIN_FILE, read_json
+from mage_ray.progress import shown
+from mage_ray.study import Study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a method's plans draw on beside the base model: ``tokens`` of answers that all of it learnt from (None where
+    that isn't known), how many ``models``, and the ``bytes`` of their files."""
+
+    tokens: int | None
+    models: int
+    bytes: int
+
+
+def trained_for(variant: Variant, cells: Sequence[Cell]) -> Trained:
+    """What was trained for a method, by its cells at all preferences. Experts that sets share count once for each."""
+    names, _ = compact([cell.plan for cell in cells], bank_setup(variant.study, cells[0].sets))
+    places = [place for name in names for place in set_places(variant.folder, variant.study, name)]
+    tokens: list[int | None] = [read_json(place / ORIGIN_FILE, place.name).get("answer_tokens") for place in places]
+    size = sum(path.stat().st_size for place in places for path in place.glob("*.safetensors"))
+    known = [count for count in tokens if count is not None]
+    return Trained(sum(known) if len(known) == len(tokens) else None, len(places), size)
+
+
+def middle(cells: Sequence[Cell]) -> Cell:
+    """The cell whose preference is the most even one."""
+    return min(cells, key=lambda cell: 0.0 if cell.preference is None else float(np.max(cell.preference)))
+
+
+def time_cells(
+    study: Study, folder: StudyFolder, cells: Mapping[str, Cell], console: Console | None
+) -> dict[str, dict[str, float]]:
+    """By label ``best`` and ``median``, tokens of answers per second over the rounds, and ``bytes``.
+
+    In ``compare.rounds`` rounds each cell answers the same ``compare.timed_prompts`` prompts as one batch, cell after
+    cell, in one process that has all of a node's CPUs, or a GPU where training has one. The bytes are of the keys and
+    values of all rows of one answer of full length. Kept in a file, so it is done once. Ray must be connected.
+    """
+    spec = study.compare
+    key = [[label, cell.path.name] for label, cell in cells.items()], spec.rounds, spec.timed_prompts
+    path = folder.comparison / f"timing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        with shown(console, "timing") as progress:
+            total = (spec.rounds + 1) * len(cells)
+            run_shards(
+                _timed,
+                [dict(cells)],
+                (study, folder.path, path),
+                workers=1,
+                gpus_per_worker=study.training.gpus_per_worker,
+                on_progress=counted(progress, 0, total),
+            )
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    return found
+
+
+def _timed(study: Study, folder: Path, path: Path, shards: Sequence[Mapping[str, Cell]]) -> Iterator[int]:
+    """In a worker: yields 1 for every cell of a round; the first round is not counted."""
+    from mage_ray.decoding.search import search_all
+    from mage_ray.generator import Generator, load_experts
+
+    [cells] = shards
+    device = "cuda" if study.training.gpus_per_worker > 0 else None
+    place = StudyFolder(folder)
+    generators: dict[tuple[str, ...], Generator] = {}
+    for cell in cells.values():
+        if cell.sets not in generators:
+            experts = load_experts(place, study, cell.sets)
+            generators[cell.sets] = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
+    rates: dict[str, list[float]] = {label: [] for label in cells}
+    bytes_: dict[str, int] = {}
+    for round in range(study.compare.rounds + 1):
+        for label, cell in cells.items():
+            generator = generators[cell.sets]
+            prompts, seed = cell.prompts[: study.compare.timed_prompts], study.evaluation.seeds[0]
+            requests = [cell_request(study, generator.chat, cell, prompt, seed) for prompt in prompts]
+            began = time.perf_counter()
+            ways = [cell.way.start(request, generator.chat.decode) for request in requests]
+            found = list(search_all(generator.engine, ways))
+            seconds = time.perf_counter() - began
+            if round > 0:
+                rates[label].append(sum(len(one.answer.ids) for one in found) / seconds)
+            length = max(len(request.prompt) for request in requests) + study.evaluation.max_new_tokens
+            positions = length * len(cell.plan.rows) * cell.way.draws
+            bytes_[label] = positions * generator.runner.memory.per_position
+            yield 1
+    content = {label: {"best": max(own), "median": median(own), "bytes": bytes_[label]} for label, own in rates.items()}
+    write_atomic(path, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,121 @@
+"""Variants of a study: the same backbones trained for another length, or on rewards that were dealt out at random."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mage_ray.decoding.methods import EXPLICIT, KNOWN, METHODS, PER_PREFERENCE
+from mage_ray.errors import FieldError
+from mage_ray.evaluation.strategies import STRATEGIES
+from mage_ray.files import atomic_path
+from mage_ray.folder import StudyFolder
+from mage_ray.generator import is_trained, needed_sets
+from mage_ray.study import Study
+from mage_ray.training.experts import train_experts
+from mage_ray.training.rollouts import load_pool
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHUFFLED = "shuffled"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training of the backbones; the study's own, with all else that it trains, where ``name`` is empty."""
+
+    name: str
+    study: Study
+    folder: StudyFolder
+    methods: tuple[str, ...]
+
+    def label(self, method: str) -> str:
+        """What a method is called in the comparison."""
+        return f"{method}@{self.name}" if self.name else method
+
+    @property
+    def sets(self) -> list[str]:
+        """All that is trained here."""
+        more = [*self.study.values, *self.study.baselines]
+        return [*self.study.training.backbones, *(name for name in more if is_trained(self.folder, self.study, name))]
+
+
+def compared_methods(study: Study) -> list[str]:
+    """The methods of the comparison: those of ``compare.methods``, or all that the study says how to train.
+
+    Raises FieldError for one that it doesn't.
+    """
+    trained = {spec.kind for spec in study.baselines.values()}
+    lacking: dict[str, str] = {"genarm": "arm", **{name: name for name in PER_PREFERENCE}}
+    able = [method for method in KNOWN if lacking.get(method) is None or lacking[method] in trained]
+    able = [method for method in (*able, *STRATEGIES) if study.values or method not in EXPLICIT]
+    if study.compare.methods is None:
+        return able
+    for method in study.compare.methods:
+        if method not in able:
+            part = "values" if method in METHODS else "baselines"
+            raise FieldError("compare.methods", method, f"a study with {part} for it, or one of {', '.join(able)}")
+    return list(dict.fromkeys(study.compare.methods))
+
+
+def study_variants(study: Study, folder: StudyFolder) -> list[Variant]:
+    """The study itself and its variants, trained or not."""
+    spec = study.compare
+    made = [Variant("", study, folder, tuple(compared_methods(study)))]
+    for steps in dict.fromkeys(spec.steps):
+        if steps != study.training.steps:
+            made.append(_variant(study, folder, str(steps), spec.at_steps, steps))
+    if spec.shuffled:
+        made.append(_variant(study, folder, SHUFFLED, spec.shuffled, study.training.steps))
+    return made
+
+
+def _variant(study: Study, folder: StudyFolder, name: str, methods: Sequence[str], steps: int) -> Variant:
+    guidance = study.guidance.model_copy(update={"values": None, "head": None, "baselines": None})
+    plain = study.model_copy(update={"guidance": guidance, "values": {}, "baselines": {}})
+    # The sets that the study's own constants draw on; what training has chosen for them is not chosen anew.
+    sets = needed_sets(folder, plain)
+    backbones = {name: study.training.backbones[name].model_copy(update={"betas": None}) for name in sets}
+    space = study.compare.space
+    named = {field: getattr(space, field) or () for field in ("base", "guide")}
+    here = {field: [name for name in names if name in sets] or None for field, names in named.items()}
+    own = plain.model_copy(
+        update={
+            "training": study.training.model_copy(update={"steps": steps, "backbones": backbones}),
+            "compare": study.compare.model_copy(update={"space": space.model_copy(update={**here, "values": None})}),
+        }
+    )
+    place = StudyFolder(folder.comparison / "variants" / name)
+    return Variant(name, own, place, tuple(dict.fromkeys(methods)))
+
+
+def train_variant(variant: Variant, study: Study, folder: StudyFolder, console: Console | None) -> None:
+    """Train what is missing of a variant on the study's pool. Ray must be connected. Raises UserError."""
+    place = StudyFolder.create(variant.folder.path, variant.study)
+    place.borrow(folder, "rewards")
+    if variant.name != SHUFFLED:
+        place.borrow(folder, "rollouts")
+    elif not place.rollouts.exists():
+        _shuffle_rewards(study, folder, place.rollouts)
+    train_experts(variant.study, place, console)
+
+
+def _shuffle_rewards(study: Study, folder: StudyFolder, rollouts: Path) -> None:
+    """The study's pool with its rewards dealt out at random: each answer gets another one's, all objectives together.
+
+    The normalisation is the study's, which a permutation leaves as it is.
+    """
+    pool = load_pool(folder, study)
+    columns = [f"{kind}/{name}" for kind in ("raw", "reward") for name in study.objectives]
+    order = np.random.default_rng([study.seed, 11]).permutation(len(pool))
+    pool[columns] = pool[columns].to_numpy()[order]
+    with atomic_path(rollouts) as partial:
+        partial.mkdir()
+        pool.to_parquet(partial / "shard-00000.parquet")
+        shutil.copyfile(folder.normalisation, partial / folder.normalisation.name)
