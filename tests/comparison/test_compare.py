@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         own.write_text(json.dumps(known | record | values))
         if path.parent == made.values:
             (path / "quality.json").write_text("{}")
+    # Of the variants one is trained for real.
+    [_, shorter, _] = study_variants(made.study, made)
+    StudyFolder.create(shorter.folder.path, shorter.study)
+    for path in made.experts.iterdir():
+        shutil.copytree(path, shorter.folder.experts / path.name)
     return made
 
 
@@ -119,6 +125,7 @@ def cells_of(folder: StudyFolder, place: str) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.comparison.rglob(f"{place}/*.parquet")}
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_comparison_goes_on_and_its_figures_are_those_of_its_samples(folder: StudyFolder) -> None:
     killed_when(comparing(folder), lambda: len(cells_of(folder, "test")) >= 3)
     validated, tested = cells_of(folder, "validation"), cells_of(folder, "test")
@@ -137,8 +144,7 @@ def test_a_killed_comparison_goes_on_and_its_figures_are_those_of_its_samples(fo
     assert costs["reference"]["models"] == 0 and costs["reference"]["training_tokens"] == 0
     assert costs["rewarded-soup"]["models"] == 2 and costs["morlhf"]["models"] == 3
     assert costs["morlhf"]["training_tokens"] == 21 and costs["mage-i-m"]["training_tokens"] == 28
-    # Those of the variants are trained for real; twice the steps learn from twice as many answers.
-    assert costs[shuffled]["training_tokens"] > 1.3 * costs["bone-soup@1"]["training_tokens"] > 0
+    assert costs["bone-soup@1"]["training_tokens"] == 14 and costs[shuffled]["training_tokens"] > 50
     assert costs["best-of-n"]["forwards_per_token"] > 1.5 and costs["mage-e-m"]["forwards_per_token"] == 2
     assert costs["mage-i-m"]["memory_bytes"] > costs["bone-soup"]["memory_bytes"] > 0
     for label, own in content["methods"].items():
