@@ -93,7 +93,8 @@ class StudyFolder:
                         f"{folder.path}: its study differs in {field}, allowed: the study that the folder was made "
                         "with, or a new folder"
                     )
-        text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        # With its nulls: where a default is something else, they say something.
+        text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         if not folder.study_file.exists() or folder.study_file.read_text() != text:
             write_atomic(folder.study_file, text)
         return folder

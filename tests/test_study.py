@@ -98,6 +98,13 @@ def test_the_folder_keeps_the_study_and_refuses_another(tmp_path: Path) -> None:
     assert StudyFolder.create(tmp_path / "s", stronger).study.guidance.strength == 2
 
 
+def test_a_null_in_place_of_a_default_is_kept(tmp_path: Path) -> None:
+    study = parse_study(BASE + "search: {grid: null}\ncompare: {grid: null, space: {strength: null}}\n")
+    folder = StudyFolder.create(tmp_path / "run", study)
+    assert folder.study == study
+    assert folder.study.search.grid is None and folder.study.compare.space.strength is None
+
+
 def test_options_of_objectives_ride_beside_their_type() -> None:
     study = parse_study("objectives: {a: {type: classifier, model: org/m, template: chat}, b: {type: brevity}}")
     assert study.objectives["a"].options == {"model": "org/m", "template": "chat"}
