@@ -92,7 +92,7 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
     """For merged guidance, by measure, whom it leads by a paired interval without 0; then what the controls say."""
     methods = content["methods"]
     told = []
-    rivals = [label for label, own in methods.items() if own["training"] == "the study's own" or "@kl-of-" in label]
+    rivals = [label for label, own in methods.items() if not own["variant"]]
     for label in [one for one in OURS if one in methods]:
         for measure in ("hypervolume", "inner_product"):
             found = lead(content, label, measure, [rival for rival in rivals if rival not in OURS])

@@ -17,6 +17,7 @@ from mage_ray.errors import UserError
 from mage_ray.evaluation.summary import MEASURES, Interval, Summary, paired_difference
 from mage_ray.study import Study
 
+UNTRAINED = ("reference", "redrawn-reference", "prompting")
 COMPARED = ("hypervolume", "inner_product", "controllability")
 """Measures of which the differences of all pairs are written down."""
 
@@ -74,7 +75,8 @@ class Found:
         own, trained, timing = self.summary.method(arm.label), self.trained[arm.label], self.timing.get(arm.label)
         return {
             "method": arm.method,
-            "training": arm.variant.name or "the study's own",
+            "variant": arm.variant.name,
+            "steps": None if arm.method in UNTRAINED else arm.variant.study.training.steps,
             "constants": dict(arm.constants),
             "tried": [
                 {"constants": dict(one.constants), "score": _plain(one.score), "kl": _number(one.kl)}

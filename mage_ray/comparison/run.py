@@ -13,9 +13,11 @@ from mage_ray.comparison.judge import AGAINST, win_rates
 from mage_ray.comparison.results import Found
 from mage_ray.comparison.tuning import Arm, arms_cells, evaluated, summary_of, tuned_arms, validation_prompts
 from mage_ray.comparison.variants import compared_methods, study_variants, train_variant
+from mage_ray.decoding.methods import PER_PREFERENCE
 from mage_ray.errors import FieldError, UserError
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
+from mage_ray.preference import preference_label
 from mage_ray.progress import shown
 from mage_ray.study import Study
 from mage_ray.training.rollouts import sample_pool
@@ -94,6 +96,12 @@ def check_comparison(study: Study) -> None:
     for name in study.compare.matched:
         if study.compare.methods is None and name not in methods:
             raise FieldError("compare.matched", name, f"one of {', '.join(methods)}")
+    for name, spec in study.baselines.items():
+        asked = dict.fromkeys(map(preference_label, study.evaluation_grid()))
+        missing = [label for label in asked if label not in study.members(name)]
+        if spec.kind in methods and spec.kind in PER_PREFERENCE and missing:
+            wanted = f"a grid that has all preferences of the test, {missing[0]} for one"
+            raise FieldError(f"baselines.{name}.grid", spec.grid, wanted)
     if study.compare.judge is not None and AGAINST not in methods:
         raise FieldError("compare.methods", ", ".join(methods), f"{AGAINST} among them, where there is a judge")
     for field in ("base", "guide", "values"):

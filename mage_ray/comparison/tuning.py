@@ -114,9 +114,8 @@ def _matched(variant: Variant, arms: Sequence[Arm], console: Console | None) -> 
     """Soups that are extrapolated as far as has the KL of a tuned method, on the validation prompts, over its base."""
     made = []
     for rival in [arm for arm in arms if arm.method in variant.study.compare.matched]:
-        if not rival.tried:
-            raise FieldError("compare.matched", rival.method, "methods of which something is tuned")
-        goal = next(one.kl for one in rival.tried if one.constants == rival.constants)
+        found = rival.tried or _tried(variant, {rival.method: [rival.constants]}, console, even_one=True)[rival.method]
+        goal = next(one.kl for one in found if one.constants == rival.constants)
         base = {"base": rival.constants["base"]} if "base" in rival.constants else {}
         wanted = [{**base, "extrapolation": alpha} for alpha in along(variant.study, "extrapolation")]
         label = f"{MATCHED}@kl-of-{rival.label}"
@@ -136,14 +135,18 @@ def crossing(x: Sequence[float], y: Sequence[float], goal: float) -> float:
 
 
 def _tried(
-    variant: Variant, wanted: Mapping[str, Sequence[Constants]], console: Console | None, label: str = ""
+    variant: Variant,
+    wanted: Mapping[str, Sequence[Constants]],
+    console: Console | None,
+    label: str = "",
+    even_one: bool = False,
 ) -> dict[str, list[Tried]]:
-    """By method what its settings come to; nothing where there is only one, and so no choice."""
+    """By method what its settings come to; unless ``even_one``, nothing where there is only one, and so no choice."""
     study, prompts, grid = variant.study, validation_prompts(variant.study), variant.study.validation_grid()
     arms = [
         Arm(f"{label or variant.label(method)}.{i}", method, variant, constants)
         for method, own in wanted.items()
-        if len(own) > 1
+        if len(own) > 1 or even_one
         for i, constants in enumerate(own)
     ]
     if not arms:

@@ -120,6 +120,20 @@ def test_all_that_the_study_trains_takes_part_and_no_more(folder: StudyFolder, t
             changed(study, **wrong)
 
 
+def test_policies_that_the_test_would_lack_are_missed_before_anything_is_trained(folder: StudyFolder) -> None:
+    fields = folder.study.model_dump()
+    check_comparison(Study.model_validate(fields))
+    coarse = Study.model_validate(fields | {"baselines": {"few": {"kind": "morlhf", "grid": 2}}})
+    with pytest.raises(FieldError, match=r"baselines\.few\.grid: got 2, allowed: a grid that has all preferences"):
+        check_comparison(coarse)
+    unfit = Study.model_validate(fields | {"compare": {"space": {"base": ["nothing"]}}})
+    with pytest.raises(FieldError, match=r"compare\.space\.base: got nothing, allowed: one of bone, soup"):
+        check_comparison(unfit)
+    alone = Study.model_validate(fields | {"compare": {"methods": ["mage-i-m"], "judge": {"model": "x"}}})
+    with pytest.raises(FieldError, match="reference among them"):
+        check_comparison(alone)
+
+
 def test_nobody_chooses_by_prompts_that_are_trained_or_tested_on(folder: StudyFolder) -> None:
     chosen = {prompt.id for prompt in validation_prompts(folder.study)}
     assert len(chosen) == 5
