@@ -21,11 +21,12 @@ def load_reward(
     direction: Direction = "maximise",
     output: str = "logit",
     batch_size: int = 32,
+    precision: str = "float32",
 ) -> Classifier:
     """The entry ``model`` of the study's ``rewards``; the one of the objective's own name unless given.
 
-    It sees a prompt and a completion as it was trained to. ``output`` and ``batch_size`` are the classifier's. Raises
-    FieldError ``<field>.model`` when it isn't in ``folder``.
+    It sees a prompt and a completion as it was trained to. ``output``, ``batch_size`` and ``precision`` are the
+    classifier's. Raises FieldError ``<field>.model`` when it isn't in ``folder``.
     """
     name = model or field.rpartition(".")[2]
     spec = None if folder is None else _trained_as(folder.rewards / name)
@@ -39,6 +40,7 @@ def load_reward(
         output=output,
         batch_size=batch_size,
         max_length=spec["max_length"],
+        precision=precision,
     )
 
 

@@ -129,7 +129,8 @@ def _export(run: Run, place: Path, checkpoint: Path, parts: Parts, origin: Mappi
     with atomic_path(place) as partial:
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
-        scorer = Classifier(str(partial), "completion", f"rewards.{run.name}")
+        precision = "bfloat16" if uses_bfloat16(run.spec) else "float32"
+        scorer = Classifier(str(partial), "completion", f"rewards.{run.name}", precision=precision)
         held = [*parts.calibrate, *parts.measure]
         margin_N = margins(run.name, scorer, held)
         del scorer  # it may read the file that is about to be written anew

@@ -165,6 +165,16 @@ def test_chat_template_shows_both_turns_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(given(folder, "chat"), truth, atol=2e-5)
 
 
+def test_matrix_products_in_bfloat16_are_near_and_nothing_else_changes(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path / "model", "llama", pad_token=True)
+    exact = score("r", Classifier(str(folder), "hh"), PROMPTS, COMPLETIONS)
+    lower = score("r", Classifier(str(folder), "hh", precision="bfloat16"), PROMPTS, COMPLETIONS)
+    assert not np.array_equal(exact, lower)
+    np.testing.assert_allclose(lower, exact, atol=0.05 * np.std(exact) + 0.02)
+    with pytest.raises(FieldError, match=r"classifier\.precision: got int8, allowed: one of float32, bfloat16"):
+        Classifier(str(folder), "hh", precision="int8")
+
+
 def test_one_label_as_a_probability_is_the_sigmoid(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, "llama", pad_token=True)
     logits = given(folder, "hh", label=0)
