@@ -208,7 +208,7 @@ def compare(
     from mage_ray.comparison.results import COMPARED, agreement, read_comparison
     from mage_ray.comparison.run import RESULT, compare_study
 
-    other = None if against is None else read_comparison(Path(against))
+    other = None if against is None else read_comparison(Path(against), study)
     start = time.monotonic()
     with connected():
         content = compare_study(study, folder, console, fresh, _facts(study))
@@ -216,10 +216,8 @@ def compare(
     for measure in COMPARED if other is not None else ():
         found = agreement(content, other or {}, measure)
         turned = ", ".join(" and ".join(pair) for pair in found["turned"]) or "none"
-        console.print(
-            f"{measure}: both tell {len(found['kept'])} pairs apart alike; the other way round: {turned}",
-            highlight=False,
-        )
+        counts = f"both tell {len(found['kept'])} pairs apart alike, one of them alone {len(found['apart_once'])}"
+        console.print(f"{measure}: {counts}; the other way round: {turned}", highlight=False, soft_wrap=True)
     console.print(f"comparison: {time.monotonic() - start:.0f} s in this run", highlight=False)
     for path in (folder.comparison / RESULT, folder.report / "comparison.html"):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -307,6 +307,13 @@ class EvaluationSpec(SamplingSpec):
     batch_rows: Positive = 96
     workers: Positive = 1
 
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len({*seeds}) < len(seeds):
+            raise ValueError("each seed once")
+        return seeds
+
     @field_validator("methods")
     @classmethod
     def _known(cls, methods: list[str]) -> list[str]:

@@ -138,6 +138,12 @@ class Study(Part):
         """How these are trained."""
         return None if self.value_set is None else self.values[self.value_set]
 
+    @property
+    def reward_models(self) -> list[str]:
+        """Those of ``rewards`` that its objectives are scored by."""
+        own = [(spec, name) for name, spec in self.objectives.items() if spec.type == "reward"]
+        return list(dict.fromkeys(str(spec.options.get("model") or name) for spec, name in own))
+
     def evaluation_grid(self) -> list[Preference]:
         return self._grid("evaluation.grid", self.evaluation.grid)
 

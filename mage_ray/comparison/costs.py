@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -30,22 +32,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a method's plans draw on beside the base model: ``tokens`` of answers that all of it learnt from (None where
-    that isn't known), how many ``models``, and the ``bytes`` of their files."""
+    """What a method's plans draw on beside the base model.
+
+    ``tokens`` of answers that all of it learnt from (None where that isn't known), how many ``models``, the ``bytes``
+    of their files, and how many ``steps`` each was trained.
+    """
 
     tokens: int | None
     models: int
     bytes: int
+    steps: frozenset[int]
 
 
 def trained_for(variant: Variant, cells: Sequence[Cell]) -> Trained:
-    """What was trained for a method, by its cells at all preferences. Experts that sets share count once for each."""
+    """What was trained for a method, by its cells at all preferences; what several sets share counts for each."""
     names, _ = compact([cell.plan for cell in cells], bank_setup(variant.study, cells[0].sets))
     places = [place for name in names for place in set_places(variant.folder, variant.study, name)]
-    tokens: list[int | None] = [read_json(place / ORIGIN_FILE, place.name).get("answer_tokens") for place in places]
-    size = sum(path.stat().st_size for place in places for path in place.glob("*.safetensors"))
-    known = [count for count in tokens if count is not None]
-    return Trained(sum(known) if len(known) == len(tokens) else None, len(places), size)
+    records = [read_json(place / ORIGIN_FILE, place.name) for place in places]
+    known = [record["answer_tokens"] for record in records if record.get("answer_tokens") is not None]
+    return Trained(
+        tokens=sum(known) if len(known) == len(places) else None,
+        models=len(places),
+        bytes=sum(path.stat().st_size for place in places for path in place.glob("*.safetensors")),
+        steps=frozenset(record["steps"] for record in records if "steps" in record),
+    )
 
 
 def middle(cells: Sequence[Cell]) -> Cell:
@@ -58,12 +68,15 @@ def time_cells(
 ) -> dict[str, dict[str, float]]:
     """By label ``best`` and ``median``, tokens of answers per second over the rounds, and ``bytes``.
 
-    In ``compare.rounds`` rounds each cell answers the same ``compare.timed_prompts`` prompts as one batch, cell after
-    cell, in one process that has all of a node's CPUs, or a GPU where training has one. The bytes are of the keys and
-    values of all rows of one answer of full length. Kept in a file, so it is done once. Ray must be connected.
+    Each cell answers the same ``compare.timed_prompts`` prompts as one batch in each of ``compare.rounds`` rounds, in
+    one process that has all of a node's CPUs, or a GPU where training has one. Cells that draw on the same sets take
+    turns; each bank is of what its cells draw on alone, and is loaded when the last one is gone. No cell finds another
+    one's prompts computed. The bytes are of the keys and values of all rows of one answer of full length. Kept in a
+    file, so it is done once on a machine. Ray must be connected.
     """
+    machine = [platform.node(), os.cpu_count()]
     spec = study.compare
-    key = [[label, cell.path.name] for label, cell in cells.items()], spec.rounds, spec.timed_prompts
+    key = [[label, cell.path.name] for label, cell in cells.items()], spec.rounds, spec.timed_prompts, machine
     path = folder.comparison / f"timing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
     if not path.exists():
         with shown(console, "timing") as progress:
@@ -87,28 +100,31 @@ def _timed(study: Study, folder: Path, path: Path, shards: Sequence[Mapping[str,
 
     [cells] = shards
     device = "cuda" if study.training.gpus_per_worker > 0 else None
-    place = StudyFolder(folder)
-    generators: dict[tuple[str, ...], Generator] = {}
-    for cell in cells.values():
-        if cell.sets not in generators:
-            experts = load_experts(place, study, cell.sets)
-            generators[cell.sets] = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
+    banks: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for label, cell in cells.items():
+        names, [plan] = compact([cell.plan], bank_setup(study, cell.sets))
+        banks.setdefault(tuple(names), {})[label] = replace(cell, sets=tuple(names), plan=plan)
     rates: dict[str, list[float]] = {label: [] for label in cells}
-    bytes_: dict[str, int] = {}
-    for round in range(study.compare.rounds + 1):
-        for label, cell in cells.items():
-            generator = generators[cell.sets]
-            prompts, seed = cell.prompts[: study.compare.timed_prompts], study.evaluation.seeds[0]
-            requests = [cell_request(study, generator.chat, cell, prompt, seed) for prompt in prompts]
-            began = time.perf_counter()
-            ways = [cell.way.start(request, generator.chat.decode) for request in requests]
-            found = list(search_all(generator.engine, ways))
-            seconds = time.perf_counter() - began
-            if round > 0:
-                rates[label].append(sum(len(one.answer.ids) for one in found) / seconds)
-            length = max(len(request.prompt) for request in requests) + study.evaluation.max_new_tokens
-            positions = length * len(cell.plan.rows) * cell.way.draws
-            bytes_[label] = positions * generator.runner.memory.per_position
-            yield 1
-    content = {label: {"best": max(own), "median": median(own), "bytes": bytes_[label]} for label, own in rates.items()}
+    sizes: dict[str, int] = {}
+    generator: Generator | None = None
+    for sets, own in banks.items():
+        generator = None  # The old one's memory first.
+        experts = load_experts(StudyFolder(folder), study, sets)
+        generator = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
+        for round in range(study.compare.rounds + 1):
+            for label, cell in own.items():
+                prompts, seed = cell.prompts[: study.compare.timed_prompts], study.evaluation.seeds[0]
+                requests = [cell_request(study, generator.chat, cell, prompt, seed) for prompt in prompts]
+                generator.runner.forget()
+                began = time.perf_counter()
+                ways = [cell.way.start(request, generator.chat.decode) for request in requests]
+                found = list(search_all(generator.engine, ways))
+                seconds = time.perf_counter() - began
+                if round > 0:
+                    rates[label].append(sum(len(one.answer.ids) for one in found) / seconds)
+                length = max(len(request.prompt) for request in requests) + study.evaluation.max_new_tokens
+                positions = (length + cell.plan.ahead) * len(cell.plan.rows) * cell.way.draws
+                sizes[label] = positions * generator.runner.memory.per_position
+                yield 1
+    content = {label: {"best": max(own), "median": median(own), "bytes": sizes[label]} for label, own in rates.items()}
     write_atomic(path, json.dumps(content, indent=1) + "\n")

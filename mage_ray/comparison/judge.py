@@ -12,6 +12,7 @@ import numpy as np
 
 from mage_ray.cluster import counted, run_shards
 from mage_ray.comparison.spec import JudgeSpec
+from mage_ray.errors import UserError
 from mage_ray.evaluation.summary import Interval, interval
 from mage_ray.files import atomic_path
 from mage_ray.folder import StudyFolder
@@ -65,6 +66,9 @@ def win_rates(study: Study, folder: StudyFolder, samples: pd.DataFrame, console:
         )
     wins = [pd.read_parquet(path)["wins"].to_numpy() for path, _ in shards]
     triples["wins"] = np.concatenate(wins) if wins else np.zeros(0)
+    if triples["wins"].isna().any():
+        raise UserError(f"compare.judge.model: {judge.model} says what is no number, allowed: a model that works")
+    # Equal answers are none of the triples.
     asked = asked.merge(triples, on=["prompt", "completion", "other"], how="left").fillna({"wins": 0.5})
     prompts = asked["prompt_id"].unique()
     spec = study.evaluation

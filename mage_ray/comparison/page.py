@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mage_ray.analysis.sections import Table, print_tables, table_html
-from mage_ray.comparison.results import COMPARED, Found, lead
-from mage_ray.comparison.variants import SHUFFLED
+from mage_ray.comparison.results import COMPARED, Found, difference, lead
+from mage_ray.comparison.variants import CHANCE, SHUFFLED
 from mage_ray.evaluation.canvas import DARK, LIGHT, Theme
 from mage_ray.evaluation.plots import draw_cost, draw_fronts
 from mage_ray.evaluation.report import facts_html, figure, write_page
@@ -63,7 +63,8 @@ def write_comparison_page(folder: StudyFolder, found: Found, content: Mapping[st
     parts += [
         "<h2>Constants</h2>",
         f"<p>For each method that has constants of its own at most {spec.settings} settings were tried on "
-        f"{spec.prompts} validation prompts, and the best by {escape(_LABELS[spec.measure])} was tested.</p>",
+        f"{spec.prompts} validation prompts, and the best by {escape(_LABELS[spec.measure])} was tested; of soups at "
+        "the KL of a rival the one that comes nearest to that.</p>",
         _scrolled(table_html(_constants(content))),
     ]
     if content["training_length"] is not None:
@@ -99,14 +100,23 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
             sides = [f"{side} {', '.join(found[side])}" for side in ("above", "level", "below") if found[side]]
             words = "; ".join(side.replace("level", "level with", 1) for side in sides)
             told.append(f"{label}, {_LABELS[measure]}: {words}.")
-    # A front of many points gains hypervolume by chance alone, which a single point of the reference has no share in.
-    plain = next((one for one in ("redrawn-reference", "reference") if one in methods), None)
-    for label in [one for one in methods if one.endswith(f"@{SHUFFLED}") and plain is not None]:
+    for label, own in methods.items():
+        if own["kl_goal"] is not None:
+            last, test = own["tried"][-1], _plain(own["measures"]["kl"]["value"])
+            rival = _plain(methods[label.partition("@kl-of-")[2]]["measures"]["kl"]["value"])
+            told.append(
+                f"{label}: KL {_plain(last['kl'])} in validation, wanted {_plain(own['kl_goal'])}; in the test {test}, "
+                f"its rival's {rival}."
+            )
+    # A front of many points gains hypervolume by chance alone, which a single point of the reference has no share in;
+    # one that is drawn anew at each point has more of it than methods whose points share their random numbers.
+    for label in [one for one in methods if one.endswith(f"@{SHUFFLED}")]:
         for measure in ("hypervolume", "inner_product"):
-            found = content["differences"][measure][label][plain]
-            better = found["low"] is not None and found["low"] > 0
-            answer = "BETTER: something else than the rewards gains here" if better else "no better, as it should be"
-            told.append(f"Control: {label} minus {plain}, {_LABELS[measure]}: {_interval(found)}, {answer}.")
+            for plain in [one for one in CHANCE if one in methods]:
+                gain = difference(content, label, plain, measure)
+                better = gain["low"] is not None and gain["low"] > 0
+                answer = "BETTER: something else than the rewards gains" if better else "no better, as it should be"
+                told.append(f"Control: {label} minus {plain}, {_LABELS[measure]}: {_interval(gain)}, {answer}.")
     return told
 
 

@@ -13,13 +13,12 @@ from typing import Any
 from mage_ray.comparison.costs import Trained
 from mage_ray.comparison.tuning import Arm
 from mage_ray.comparison.variants import SHUFFLED
-from mage_ray.errors import UserError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.evaluation.summary import MEASURES, Interval, Summary, paired_difference
 from mage_ray.study import Study
 
-UNTRAINED = ("reference", "redrawn-reference", "prompting")
 COMPARED = ("hypervolume", "inner_product", "controllability")
-"""Measures of which the differences of all pairs are written down."""
+"""The measures that say which method is better; the others are shapes and prices."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class Found:
             "methods": {arm.label: self._method(arm) for arm in self.arms},
             "differences": {
                 measure: {
-                    one: {other: _plain(self.difference(one, other, measure)) for other in labels if other != one}
-                    for one in labels
+                    one: {other: _rounded(self.difference(one, other, measure)) for other in labels[i + 1 :]}
+                    for i, one in enumerate(labels[:-1])
                 }
-                for measure in COMPARED
+                for measure in MEASURES
             },
             "training_length": self.training_length(),
         }
@@ -76,13 +75,14 @@ class Found:
         return {
             "method": arm.method,
             "variant": arm.variant.name,
-            "steps": None if arm.method in UNTRAINED else arm.variant.study.training.steps,
+            "steps": sorted(trained.steps),
             "constants": dict(arm.constants),
             "tried": [
-                {"constants": dict(one.constants), "score": _plain(one.score), "kl": _number(one.kl)}
+                {"constants": dict(one.constants), "score": _rounded(one.score), "kl": _number(one.kl)}
                 for one in arm.tried
             ],
-            "measures": {name: _plain(own.measures[name]) for name in MEASURES},
+            "kl_goal": None if arm.kl_goal is None else _number(arm.kl_goal),
+            "measures": {name: _rounded(own.measures[name]) for name in MEASURES},
             "preferences": [[_number(x) for x in mu] for mu in own.preferences.tolist()],
             "points": [[_number(x) for x in point] for point in own.points.tolist()],
             "cost": {
@@ -94,7 +94,7 @@ class Found:
                 "tokens_per_second_median": None if timing is None else _number(timing["median"]),
                 "memory_bytes": None if timing is None else trained.bytes + timing["bytes"],
             },
-            "win_rate": None if arm.label not in self.wins else _plain(self.wins[arm.label]),
+            "win_rate": None if arm.label not in self.wins else _rounded(self.wins[arm.label]),
         }
 
     def training_length(self) -> dict[str, Any] | None:
@@ -112,8 +112,19 @@ class Found:
             if not found[steps].low > 0:
                 break
             pays_from = steps
-        ordered = {str(steps): _plain(found[steps]) for steps in sorted(found)}
+        ordered = {str(steps): _rounded(found[steps]) for steps in sorted(found)}
         return {"bone-soup minus rewarded-soup": ordered, "pays_from": pays_from}
+
+
+def difference(content: Mapping[str, Any], one: str, other: str, measure: str) -> dict[str, float | None]:
+    """The paired difference of two labels, ``one`` minus ``other``; the file has each pair in one order."""
+    own = content["differences"][measure]
+    if other in own.get(one, {}):
+        found: dict[str, float | None] = own[one][other]
+        return found
+    value, low, high = (own[other][one][part] for part in ("value", "low", "high"))
+    turned = [None if number is None else -number for number in (value, high, low)]
+    return dict(zip(("value", "low", "high"), turned, strict=True))
 
 
 def lead(content: Mapping[str, Any], label: str, measure: str, rivals: Iterable[str]) -> dict[str, list[str]]:
@@ -122,9 +133,9 @@ def lead(content: Mapping[str, Any], label: str, measure: str, rivals: Iterable[
     for rival in rivals:
         if rival == label:
             continue
-        difference = content["differences"][measure][label][rival]
-        low, high = difference["low"], difference["high"]
-        apart = "level" if low is None or low <= 0 <= high else "above" if low > 0 else "below"
+        found_one = difference(content, label, rival, measure)
+        low, high = found_one["low"], found_one["high"]
+        apart = "level" if low is None or high is None or low <= 0 <= high else "above" if low > 0 else "below"
         found[apart].append(rival)
     return found
 
@@ -152,19 +163,29 @@ def _order(content: Mapping[str, Any], one: str, other: str, measure: str) -> in
     return 1 if a["low"] > b["high"] else -1 if b["low"] > a["high"] else 0
 
 
-def read_comparison(path: Path) -> dict[str, Any]:
-    """A ``comparison.json``. Raises UserError when it can't be read."""
+def read_comparison(path: Path, study: Study) -> dict[str, Any]:
+    """A ``comparison.json`` that another one of ``study`` can be held against.
+
+    Raises UserError when it can't be read, or is over other objectives, preferences or another reference point.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        for part in ("methods", "differences", "seeds"):
-            _ = content[part]
-        return content
+        theirs = {part: content[part] for part in ("objectives", "grid", "reference_point")}
+        for own in content["methods"].values():
+            for measure in COMPARED:
+                _ = own["measures"][measure]["low"], own["measures"][measure]["high"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{path}: no comparison ({reason}), allowed: a comparison.json of mage-ray compare") from None
+    grid = [list(mu) for mu in study.evaluation_grid()]
+    ours = {"objectives": study.objective_names, "grid": grid, "reference_point": study.reference_point()}
+    for part, value in ours.items():
+        if theirs[part] != value:
+            raise FieldError("--against", f"one of another {part.replace('_', ' ')}", f"{path} of the same study")
+    return content
 
 
-def _plain(found: Interval) -> dict[str, float | None]:
+def _rounded(found: Interval) -> dict[str, float | None]:
     return {name: _number(getattr(found, name)) for name in ("value", "low", "high")}
 
 

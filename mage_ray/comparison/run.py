@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from mage_ray.comparison.checks import check_comparison, drawn_on
 from mage_ray.comparison.costs import middle, time_cells, trained_for
-from mage_ray.comparison.judge import AGAINST, win_rates
+from mage_ray.comparison.judge import win_rates
 from mage_ray.comparison.results import Found
-from mage_ray.comparison.tuning import Arm, arms_cells, evaluated, summary_of, tuned_arms, validation_prompts
+from mage_ray.comparison.tuning import Arm, arms_cells, evaluated, summary_of, tuned_arms
 from mage_ray.comparison.variants import compared_methods, study_variants, train_variant
-from mage_ray.decoding.methods import PER_PREFERENCE
-from mage_ray.errors import FieldError, UserError
+from mage_ray.decoding.methods import EXPLICIT
+from mage_ray.errors import UserError
+from mage_ray.evaluation.cells import Cell
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
-from mage_ray.preference import preference_label
 from mage_ray.progress import shown
 from mage_ray.study import Study
 from mage_ray.training.rollouts import sample_pool
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RESULT = "comparison.json"
 TESTED = "tested.json"
+FACTS = "facts.json"
 
 
 def compare_study(
@@ -42,37 +43,36 @@ def compare_study(
     of other settings in ``folder``, that has got as far as to use them, it is refused unless ``fresh`` forgets it. Ray
     must be connected. Raises UserError.
     """
-    check_comparison(study)
+    check_comparison(study, folder)
     if fresh:
         # Samples are found again by their content.
-        for name in (TESTED, RESULT):
+        for name in (TESTED, FACTS, RESULT):
             (folder.comparison / name).unlink(missing_ok=True)
     study = train_all(study, folder, console)
     variants = study_variants(study, folder)
     for variant in variants:
         if variant.name:
-            _say(console, f"training for {variant.folder.path.name}")
+            _say(console, f"training for {variant.name}")
             train_variant(variant, study, folder, console)
     arms = [arm for variant in variants for arm in tuned_arms(variant, console)]
-    _claim_test(study, folder, arms)
     cells = {
         variant.name: arms_cells(variant, [arm for arm in arms if arm.variant is variant], "test")
         for variant in variants
     }
+    facts = _claim_test(study, folder, arms, [cell for own in cells.values() for cell in own], facts)
     import pandas as pd
 
     parts = [evaluated(variant, cells[variant.name], console, f"test {variant.name}".strip()) for variant in variants]
     samples = pd.concat(parts, ignore_index=True)
     own = {arm.label: [cell for cell in cells[arm.variant.name] if cell.method == arm.label] for arm in arms}
     forwards = samples.groupby("method")["forwards"].mean()
+    timed = {arm.label: middle(own[arm.label]) for arm in arms if not arm.variant.name}
     found = Found(
         study=study,
         arms=arms,
         summary=summary_of(study, samples),
         trained={arm.label: trained_for(arm.variant, own[arm.label]) for arm in arms},
-        timing=time_cells(
-            study, folder, {arm.label: middle(own[arm.label]) for arm in arms if not arm.variant.name}, console
-        ),
+        timing=time_cells(study, folder, timed, console),
         forwards={str(label): float(value) for label, value in forwards.items()},
         wins=win_rates(study, folder, samples, console) if study.compare.judge is not None else {},
         facts=facts,
@@ -81,49 +81,12 @@ def compare_study(
 
     content = found.content()
     write_comparison_page(folder, found, content)
-    write_atomic(folder.comparison / RESULT, json.dumps(content, indent=1) + "\n")
+    write_atomic(folder.comparison / RESULT, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
 
 
-def check_comparison(study: Study) -> None:
-    """Raises FieldError for what can be seen before anything is trained."""
-    from mage_ray.training.baselines import check_baselines
-    from mage_ray.training.experts import check_training
-    from mage_ray.training.rewards import check_rewards
-    from mage_ray.training.values import check_values
-
-    methods = compared_methods(study)
-    for name in study.compare.matched:
-        if study.compare.methods is None and name not in methods:
-            raise FieldError("compare.matched", name, f"one of {', '.join(methods)}")
-    for name, spec in study.baselines.items():
-        asked = dict.fromkeys(map(preference_label, study.evaluation_grid()))
-        missing = [label for label in asked if label not in study.members(name)]
-        if spec.kind in methods and spec.kind in PER_PREFERENCE and missing:
-            wanted = f"a grid that has all preferences of the test, {missing[0]} for one"
-            raise FieldError(f"baselines.{name}.grid", spec.grid, wanted)
-    if study.compare.judge is not None and AGAINST not in methods:
-        raise FieldError("compare.methods", ", ".join(methods), f"{AGAINST} among them, where there is a judge")
-    for field in ("base", "guide", "values"):
-        allowed = list(study.values if field == "values" else study.training.backbones)
-        for name in getattr(study.compare.space, field) or ():
-            if name not in allowed:
-                raise FieldError(
-                    f"compare.space.{field}", name, f"one of {', '.join(allowed) or 'none: there are none'}"
-                )
-    validation_prompts(study)
-    check_training(study)
-    for part, check in (
-        (study.values, check_values),
-        (study.baselines, check_baselines),
-        (study.rewards, check_rewards),
-    ):
-        if part:
-            check(study)
-
-
 def train_all(study: Study, folder: StudyFolder, console: Console | None) -> Study:
-    """All that a study says how to train, as far as it is missing: the study with what training has chosen."""
+    """All that the compared methods draw on, as far as it is missing: the study with what training has chosen."""
     from mage_ray.search.beta import choose_betas
     from mage_ray.training.baselines import train_baselines
     from mage_ray.training.experts import train_experts
@@ -136,34 +99,43 @@ def train_all(study: Study, folder: StudyFolder, console: Console | None) -> Stu
         sample_pool(study, folder, progress=progress)
     study = choose_betas(study, folder, console)
     train_experts(study, folder, console)
-    if study.values:
+    methods = compared_methods(study)
+    if {study.strategies.method, *methods} & {*EXPLICIT} and study.values:
         train_values(study, folder, console)
-    if study.baselines:
-        train_baselines(study, folder, console)
+    if needed := drawn_on(study, methods):
+        train_baselines(study.model_copy(update={"baselines": needed}), folder, console)
     return study
 
 
-def _claim_test(study: Study, folder: StudyFolder, arms: list[Arm]) -> None:
-    """Write down with what the test prompts are used, or see that it is the same. Raises UserError."""
+def _claim_test(
+    study: Study, folder: StudyFolder, arms: Sequence[Arm], cells: Sequence[Cell], facts: Mapping[str, str]
+) -> dict[str, str]:
+    """Write down with what the test prompts are used, or see that it is the same. Raises UserError.
+
+    Returns the facts of when they were first used.
+    """
     ours = {
         "study": study.digest,
         "arms": {arm.label: [arm.method, dict(arm.constants)] for arm in arms},
         "evaluation": study.evaluation.model_dump(mode="json", exclude={"methods", "workers", "batch_rows"}),
         "strategies": study.strategies.model_dump(mode="json"),
         "guidance": study.guidance.model_dump(mode="json"),
+        "what was trained": sorted(cell.path.name for cell in cells),
     }
     path = folder.comparison / TESTED
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
     if not path.exists():
+        write_atomic(folder.comparison / FACTS, json.dumps(dict(facts), indent=1) + "\n")
         write_atomic(path, text)
     elif path.read_text() != text:
         theirs = json.loads(path.read_text())
         differs = next((name for name in ours if theirs.get(name) != json.loads(json.dumps(ours[name]))), "something")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         raise UserError(
-            f"{path}: the test prompts were used by a comparison ({digest}) that differs in {differs}, allowed: the "
-            "same again, or --fresh to forget it"
+            f"{path}: the test prompts were used by a comparison that differs in {differs}, allowed: the same again, "
+            "or --fresh to forget it"
         )
+    found: dict[str, str] = json.loads((folder.comparison / FACTS).read_text())
+    return found
 
 
 def _say(console: Console | None, text: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from mage_ray.decoding.methods import Setup, planned_at
@@ -72,7 +71,7 @@ def settings(study: Study, method: str, names: Sequence[str]) -> list[dict[str, 
     if not names or not count:
         return [{}]
     axes = {name: axis_of(name, domain(space[name], whole=name == "candidates")) for name in names}
-    own = study.guidance.model_dump()
+    own = study.guidance.model_dump() | {"values": study.value_set}
     known: dict[str, dict[str, Any]] = {json.dumps({name: own[name] for name in names}): {}}
     shares = qmc.Halton(len(axes), scramble=True, seed=study.seed).random(8 * count)
     for point in shares.tolist():
@@ -82,25 +81,8 @@ def settings(study: Study, method: str, names: Sequence[str]) -> list[dict[str, 
 
 
 def _space(study: Study, method: str) -> dict[str, Any]:
-    """``compare.space`` as a method has it: Bone Soup on single-objective experts would be Rewarded Soup again."""
-    space: dict[str, Any] = dict(study.compare.space.named)
-    n = len(study.objectives)
-    if method == "bone-soup" and "base" in space:
-        mixed = [name for name in space["base"] if not _is_single(study.training.backbones[name].mix(n))]
-        space["base"] = mixed or [study.guidance.base]
-    return space
-
-
-def _is_single(mix: np.ndarray) -> bool:
-    return bool((mix == np.eye(len(mix))).all())
-
-
-def along(study: Study, name: str) -> list[float]:
-    """``compare.settings`` values of a constant, evenly from one end of its range to the other."""
-    value = study.compare.space.named[name]
-    if isinstance(value, RangeSpec):
-        return [float(x) for x in np.linspace(value.low, value.high, max(2, study.compare.settings))]
-    return sorted(float(x) for x in value)
+    """``compare.space`` as a method has it: Bone Soup takes part with each of its sets under a label of its own."""
+    return {name: value for name, value in study.compare.space.named.items() if (method, name) != ("bone-soup", "base")}
 
 
 def _ends(value: RangeSpec | Sequence[Any]) -> list[Any]:

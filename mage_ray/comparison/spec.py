@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mage_ray.decoding.methods import EXPLICIT, KNOWN, METHODS
-from mage_ray.errors import FieldError
 from mage_ray.evaluation.strategies import STRATEGIES
 from mage_ray.fields import Part
 from mage_ray.search.spec import RangeSpec
 from mage_ray.specs import Name, NotNegative, Positive
 
+T = TypeVar("T")
+Options = Annotated[list[T], Field(min_length=2)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
 TRAINED_ANEW = tuple(method for method in METHODS if method not in (*EXPLICIT, "reference"))
 """Methods that need nothing but the backbones, which a comparison can train in other ways, too."""
+
+
+Several = Field(default=None, min_length=2)
+"""What has one value only is said in ``guidance``."""
 
 
 class ConstantsSpec(Part):
     """The constants that are tuned for each method that has a use for them, each in a range or among a list."""
 
-    base: list[Name] | None = None
-    """Backbone sets: with them their beta."""
-    guide: list[Name] | None = None
-    values: list[Name] | None = None
-    strength: RangeSpec | list[NotNegative] | None = RangeSpec(low=0, high=3)
+    base: list[Name] | None = Several
+    """Backbone sets, of the methods that are guided or extrapolated: with them their beta."""
+    guide: list[Name] | None = Several
+    values: list[Name] | None = Several
+    strength: RangeSpec | Options[NotNegative] | None = RangeSpec(low=0, high=3)
     """Of implicit guides, and of GenARM's."""
-    value_strength: RangeSpec | list[NotNegative] | None = RangeSpec(low=1, high=16, log=True)
+    value_strength: RangeSpec | Options[NotNegative] | None = RangeSpec(low=1, high=16, log=True)
     """Of explicit ones."""
-    extrapolation: RangeSpec | list[float] | None = RangeSpec(low=0, high=2)
+    extrapolation: RangeSpec | Options[Finite] | None = RangeSpec(low=0, high=2)
     """alpha of the extrapolated soup."""
-    candidates: list[Positive] | None = None
+    candidates: Options[Positive] | None = None
 
     @property
-    def named(self) -> dict[str, RangeSpec | list[float] | list[int] | list[str]]:
-        """Those that there are."""
+    def named(self) -> dict[str, Any]:
+        """Those that there are, each a RangeSpec or a list."""
         return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
 
 
@@ -53,7 +61,7 @@ class CompareSpec(Part):
     """What ``mage-ray compare`` does. Seeds, lengths, the test's grid and the reference point are ``evaluation``'s."""
 
     methods: list[str] | None = Field(default=None, min_length=1)
-    """All that the study can have, unless given."""
+    """All that the study says how to train, unless given."""
     space: ConstantsSpec = ConstantsSpec()
     settings: Positive = 6
     """Tried for each method on the validation prompts: the study's own constants, and others all over the space."""
@@ -63,14 +71,16 @@ class CompareSpec(Part):
     """To choose by: neither trained nor tested on."""
     grid: int | list[list[float]] | None = 5
     """As in ``evaluation``, of the preferences that settings are tried at; None for the one there."""
-    matched: list[str] = Field(default_factory=lambda: ["mage-i-m"])
-    """Methods beside which the soup is compared that is extrapolated to the same KL from the reference."""
+    matched: list[str] | None = None
+    """Methods beside which the soup is compared that is extrapolated to the same KL from the reference; mage-i-m, where
+    it is compared, unless given."""
     steps: list[Positive] = Field(default_factory=list)
     """Lengths of training beside ``training.steps``: the backbones are trained anew for each."""
     at_steps: list[str] = Field(default_factory=lambda: ["rewarded-soup", "bone-soup", "mage-i-m"], min_length=1)
     """What is compared at these."""
-    shuffled: list[str] = Field(default_factory=lambda: ["mage-i-m"])
-    """Methods that take part once more, trained on rewards that were dealt out at random: they should gain nothing."""
+    shuffled: list[str] | None = None
+    """Methods that take part once more, trained on rewards that were dealt out at random: they should gain nothing. As
+    ``matched`` unless given."""
     rounds: int = Field(default=5, ge=5)
     """Of the timing, in each of which every method answers the same prompts once."""
     timed_prompts: Positive = 8
@@ -86,14 +96,10 @@ class CompareSpec(Part):
     def _trained(cls, methods: list[str] | None) -> list[str] | None:
         return _among(methods, TRAINED_ANEW)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> CompareSpec:
-        for name in self.matched:
-            if self.methods is not None and name not in self.methods:
-                raise FieldError("matched", name, f"one of methods ({', '.join(self.methods)})")
-        if self.matched and self.space.extrapolation is None:
-            raise FieldError("space.extrapolation", None, "a range, where matched names a method")
-        return self
+    def among(self, field: Literal["matched", "shuffled"], methods: Sequence[str]) -> list[str]:
+        """What a field names, or its default, of the methods that are compared."""
+        named: list[str] | None = getattr(self, field)
+        return [name for name in ["mage-i-m"] if name in methods] if named is None else named
 
 
 def _among(methods: list[str] | None, allowed: tuple[str, ...]) -> list[str] | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mage_ray.comparison.settings import Constants, along, constants_that_matter, settings, with_constants
-from mage_ray.comparison.variants import Variant
+from mage_ray.comparison.settings import Constants, constants_that_matter, settings, with_constants
+from mage_ray.comparison.variants import Variant, compared_methods, single_sets
 from mage_ray.decoding.methods import Setup
-from mage_ray.errors import FieldError
 from mage_ray.evaluation.cells import Cell
 from mage_ray.evaluation.evaluate import evaluate_cells, method_cells
 from mage_ray.evaluation.summary import Interval, Summary, summarise
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MATCHED = "extrapolated-soup"
+BONE_SOUP = "bone-soup"
+_FARTHEST = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Arm:
     constants: Constants
     tried: tuple[Tried, ...] = ()
     """None where there was nothing to choose."""
+    kl_goal: float | None = None
+    """What a matched soup's KL should be; its own is that of the last one tried."""
 
     @property
     def setup(self) -> Setup:
@@ -80,16 +83,14 @@ def arms_cells(
 
 def validation_prompts(study: Study) -> list[Prompt]:
     """Those to choose constants by, neither trained nor tested on. Raises FieldError."""
-    try:
-        wanted = study.search.model_copy(update={"prompts": study.compare.prompts, "rungs": 1})
-        return search_prompts(study.model_copy(update={"search": wanted}))
-    except FieldError as error:
-        field = error.field.replace("search.prompts", "compare.prompts")
-        raise FieldError(field, error.value, error.allowed) from None
+    return search_prompts(study, study.compare.prompts, "compare.prompts")
 
 
 def tuned_arms(variant: Variant, console: Console | None) -> list[Arm]:
-    """The variant's methods, each with the best of its settings. Ray must be connected. Raises UserError."""
+    """The variant's methods, each with the best of its settings. Ray must be connected. Raises UserError.
+
+    Of the study's own training also Bone Soup with each other set of mixed rewards, and the matched soups.
+    """
     study = variant.study
     grid = study.validation_grid()
 
@@ -105,24 +106,40 @@ def tuned_arms(variant: Variant, console: Console | None) -> list[Arm]:
     for method, own in tried.items():
         best = max(own, key=lambda one: _score(one.score)).constants if own else {}
         made.append(Arm(variant.label(method), method, variant, best, tuple(own)))
-    if not variant.name:
-        made += _matched(variant, made, console)
-    return made
+    if variant.name:
+        return made
+    for name in study.training.backbones if BONE_SOUP in variant.methods else ():
+        if name != study.guidance.base and name not in single_sets(study):
+            made.append(Arm(f"{BONE_SOUP}-{name}", BONE_SOUP, variant, {"base": name}))
+    return made + [_matched(variant, arm, console) for arm in made if arm.method in matched_methods(study)]
 
 
-def _matched(variant: Variant, arms: Sequence[Arm], console: Console | None) -> list[Arm]:
-    """Soups that are extrapolated as far as has the KL of a tuned method, on the validation prompts, over its base."""
-    made = []
-    for rival in [arm for arm in arms if arm.method in variant.study.compare.matched]:
-        found = rival.tried or _tried(variant, {rival.method: [rival.constants]}, console, even_one=True)[rival.method]
-        goal = next(one.kl for one in found if one.constants == rival.constants)
-        base = {"base": rival.constants["base"]} if "base" in rival.constants else {}
-        wanted = [{**base, "extrapolation": alpha} for alpha in along(variant.study, "extrapolation")]
-        label = f"{MATCHED}@kl-of-{rival.label}"
-        [own] = _tried(variant, {MATCHED: wanted}, console, label).values()
-        alpha = crossing([one.constants["extrapolation"] for one in own], [one.kl for one in own], goal)
-        made.append(Arm(label, MATCHED, variant, {**base, "extrapolation": alpha}, tuple(own)))
-    return made
+def matched_methods(study: Study) -> list[str]:
+    """Those beside which an extrapolated soup stands."""
+    return study.compare.among("matched", compared_methods(study))
+
+
+def _matched(variant: Variant, rival: Arm, console: Console | None) -> Arm:
+    """The soup that is extrapolated as far as has the KL of a tuned method, on the validation prompts, over its base.
+
+    alpha is looked for at whole numbers from 0 on, ``_FARTHEST`` at most, and then between two of them.
+    """
+    known = rival.tried or _tried(variant, {rival.method: [rival.constants]}, console, even_one=True)[rival.method]
+    goal = next(one.kl for one in known if one.constants == rival.constants)
+    base = {"base": rival.constants["base"]} if "base" in rival.constants else {}
+    label = f"{MATCHED}@kl-of-{rival.label}"
+    found: list[Tried] = []
+
+    def at(alphas: Iterable[float]) -> None:
+        wanted = {MATCHED: [{**base, "extrapolation": float(alpha)} for alpha in alphas]}
+        [tried] = _tried(variant, wanted, console, f"{label}.{len(found)}", even_one=True).values()
+        found.extend(tried)
+
+    while not found or (found[-1].kl < goal and len(found) <= _FARTHEST):
+        at(range(len(found), len(found) + 3))
+    alpha = crossing([one.constants["extrapolation"] for one in found], [one.kl for one in found], goal)
+    at([alpha])
+    return Arm(label, MATCHED, variant, found[-1].constants, tuple(found), kl_goal=goal)
 
 
 def crossing(x: Sequence[float], y: Sequence[float], goal: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mage_ray.decoding.methods import EXPLICIT, KNOWN, METHODS, PER_PREFERENCE
+from mage_ray.decoding.methods import EXPLICIT, KNOWN, PER_PREFERENCE
 from mage_ray.errors import FieldError
 from mage_ray.evaluation.strategies import STRATEGIES
 from mage_ray.files import atomic_path
@@ -41,9 +41,16 @@ class Variant:
 
     @property
     def sets(self) -> list[str]:
-        """All that is trained here."""
-        more = [*self.study.values, *self.study.baselines]
-        return [*self.study.training.backbones, *(name for name in more if is_trained(self.folder, self.study, name))]
+        """All that is trained here; of baselines of one kind the first is drawn on."""
+        study = self.study
+        more = [*study.values, *(study.guidance.baselines or study.baselines)]
+        return [*study.training.backbones, *(name for name in more if is_trained(self.folder, study, name))]
+
+
+def single_sets(study: Study) -> list[str]:
+    """The backbone sets with one expert for each objective."""
+    backbones, n = study.training.backbones, len(study.objectives)
+    return [name for name, spec in backbones.items() if spec.decided and np.array_equal(spec.mix(n), np.eye(n))]
 
 
 def compared_methods(study: Study) -> list[str]:
@@ -51,47 +58,63 @@ def compared_methods(study: Study) -> list[str]:
 
     Raises FieldError for one that it doesn't.
     """
-    trained = {spec.kind for spec in study.baselines.values()}
+    drawn_on = study.guidance.baselines or study.baselines
+    trained: set[str] = {study.baselines[name].kind for name in drawn_on}
     lacking: dict[str, str] = {"genarm": "arm", **{name: name for name in PER_PREFERENCE}}
     able = [method for method in KNOWN if lacking.get(method) is None or lacking[method] in trained]
     able = [method for method in (*able, *STRATEGIES) if study.values or method not in EXPLICIT]
+    if not single_sets(study):
+        able = [method for method in able if method not in ("rewarded-soup", "mod")]
     if study.compare.methods is None:
         return able
     for method in study.compare.methods:
         if method not in able:
-            part = "values" if method in METHODS else "baselines"
-            raise FieldError("compare.methods", method, f"a study with {part} for it, or one of {', '.join(able)}")
+            allowed = f"a study that trains what it needs, or one of {', '.join(able)}"
+            raise FieldError("compare.methods", method, allowed)
     return list(dict.fromkeys(study.compare.methods))
+
+
+CHANCE = ("redrawn-reference", "reference")
+"""What a control is held against."""
+
+
+def shuffled_methods(study: Study) -> list[str]:
+    """Those that are trained once more on shuffled rewards: where none are named, if that can be, and says anything."""
+    methods = compared_methods(study)
+    possible = study.training.method == "dpo" and study.training.rounds == 1
+    if study.compare.shuffled is None and not (possible and {*CHANCE} & {*methods}):
+        return []
+    return study.compare.among("shuffled", methods)
 
 
 def study_variants(study: Study, folder: StudyFolder) -> list[Variant]:
     """The study itself and its variants, trained or not."""
-    spec = study.compare
-    made = [Variant("", study, folder, tuple(compared_methods(study)))]
+    spec, methods = study.compare, compared_methods(study)
+    made = [Variant("", study, folder, tuple(methods))]
     for steps in dict.fromkeys(spec.steps):
         if steps != study.training.steps:
             made.append(_variant(study, folder, str(steps), spec.at_steps, steps))
-    if spec.shuffled:
-        made.append(_variant(study, folder, SHUFFLED, spec.shuffled, study.training.steps))
+    if shuffled := shuffled_methods(study):
+        made.append(_variant(study, folder, SHUFFLED, shuffled, study.training.steps))
     return made
 
 
 def _variant(study: Study, folder: StudyFolder, name: str, methods: Sequence[str], steps: int) -> Variant:
     guidance = study.guidance.model_copy(update={"values": None, "head": None, "baselines": None})
     plain = study.model_copy(update={"guidance": guidance, "values": {}, "baselines": {}})
-    # The sets that the study's own constants draw on; what training has chosen for them is not chosen anew.
-    sets = needed_sets(folder, plain)
-    backbones = {name: study.training.backbones[name].model_copy(update={"betas": None}) for name in sets}
+    # All that its methods are tuned over, as the study's own are; what training has chosen is not chosen anew.
     space = study.compare.space
-    named = {field: getattr(space, field) or () for field in ("base", "guide")}
-    here = {field: [name for name in names if name in sets] or None for field, names in named.items()}
+    sets = {*needed_sets(folder, plain), *(space.base or ()), *(space.guide or ())}
+    backbones = {
+        key: spec.model_copy(update={"betas": None}) for key, spec in study.training.backbones.items() if key in sets
+    }
     own = plain.model_copy(
         update={
             "training": study.training.model_copy(update={"steps": steps, "backbones": backbones}),
-            "compare": study.compare.model_copy(update={"space": space.model_copy(update={**here, "values": None})}),
+            "compare": study.compare.model_copy(update={"space": space.model_copy(update={"values": None})}),
         }
     )
-    place = StudyFolder(folder.comparison / "variants" / name)
+    place = StudyFolder(folder.comparison / "variants" / f"{name}-{own.digest}")
     return Variant(name, own, place, tuple(dict.fromkeys(methods)))
 
 

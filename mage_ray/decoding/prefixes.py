@@ -76,6 +76,12 @@ class PrefixStore:
         self.used += len(added)
         self.added += 1
 
+    def clear(self) -> None:
+        """Forget all that is kept."""
+        self._of_row.clear()
+        self._by_use.clear()
+        self.used = 0
+
     def _drop(self, row: Row, tokens: tuple[int, ...]) -> None:
         del self._by_use[row, tokens]
         del self._of_row[row][tokens]

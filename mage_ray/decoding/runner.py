@@ -221,6 +221,10 @@ class RowRunner:
         for row in list(self._live):
             self.end(row, wipe=True)
 
+    def forget(self) -> None:
+        """Let go of what ended rows have left behind, so that the next ones compute their prompts themselves."""
+        self._kept.clear()
+
     @torch.inference_mode()
     def arrange(self, first: Sequence[LiveRow]) -> None:
         """Move these rows to the first slots, so that a forward of them reads one stretch of memory."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mage_ray.files import atomic_path
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import Generator, load_experts, set_digests
 from mage_ray.objectives import Normaliser
+from mage_ray.objectives.reward import reward_digests
 from mage_ray.preference import Preference
 from mage_ray.prompts import Prompt
 from mage_ray.study import Study
@@ -74,7 +75,7 @@ def make_cells(
     banked = iter(flat)
     spec = study.evaluation
     sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p)
-    shared = {
+    shared: dict[str, Any] = {
         "model": study.model,
         "system": study.system,
         "dtype": study.dtype,
@@ -83,6 +84,8 @@ def make_cells(
         "prompts": [prompt.id for prompt in prompts],
         "sampling": [study.seed, spec.seeds, asdict(sampling)],
     }
+    if scored_by := reward_digests(folder, study.reward_models):
+        shared["rewards"] = scored_by
     cells = []
     for method, of_method in plans.items():
         mine = [next(banked) for _ in of_method]

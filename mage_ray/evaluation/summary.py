@@ -6,8 +6,9 @@ methods and points, so that the difference of two methods is taken on the same p
 
 The bounds are percentiles of the resamples, with one exception. Hypervolume takes maxima over noisy points, which
 lifts it in the sample and lifts it once more in a resample; its percentiles are therefore reflected about the value,
-``2 value - high`` to ``2 value - low``. On synthetic fronts of 11 points with 32 to 100 prompts (95 % asked)
-percentiles held the true hypervolume in 75 to 91 % of the runs, reflected ones in 94 %. Noise also lowers
+``2 value - high`` to ``2 value - low``, those of differences too: a front of many points is lifted more than one of
+few. On synthetic fronts of 11 points with 32 to 100 prompts (95 % asked) percentiles held the true hypervolume in 75 to
+91 % of the runs, reflected ones in 94 %; of a front minus one point, in 55 and in 97 %. Noise also lowers
 controllability and changes front length, sparsity and spacing: their intervals say how far these vary with the
 prompts at this sample size, not where a noise-free front would be. distinct-n is resampled otherwise (``_linear``).
 """
@@ -170,7 +171,8 @@ def paired_difference(summary: Summary, method_a: str, method_b: str, measure: s
         raise FieldError("measure", measure, ", ".join(MEASURES))
     a, b = summary.method(method_a), summary.method(method_b)
     difference = a.measures[measure].value - b.measures[measure].value
-    return interval(difference, a.resampled[measure] - b.resampled[measure], summary.confidence)
+    resampled = a.resampled[measure] - b.resampled[measure]
+    return interval(difference, resampled, summary.confidence, reflect=measure == "hypervolume")
 
 
 def _summarise_method(
@@ -215,7 +217,9 @@ def _summarise_method(
         points=points_RJN[0],
         point_intervals=np.stack(_bounds(points_RJN[1:], confidence), axis=-1),
         measures={
-            measure: interval(value[0], value[1:], confidence, reflect=measure == "hypervolume")
+            measure: interval(
+                value[0], value[1:], confidence, reflect=measure == "hypervolume", least=_LEAST.get(measure)
+            )
             for measure, value in values.items()
         },
         resampled={measure: value[1:] for measure, value in values.items()},
@@ -232,11 +236,17 @@ def _linear(value: float, without_P: Floats, weights_RP: Floats) -> Floats:
     return np.asarray(value + (weights_RP - weights_RP[0]) @ influence_P)
 
 
-def interval(value: float, resampled: Floats, confidence: float, reflect: bool = False) -> Interval:
-    """A value with the percentiles of its resamples, or with ``reflect`` those reflected about it."""
+_LEAST = {"hypervolume": 0.0}
+
+
+def interval(
+    value: float, resampled: Floats, confidence: float, reflect: bool = False, least: float | None = None
+) -> Interval:
+    """A value with the percentiles of its resamples, reflected about it where asked; bounds begin at ``least``."""
     low, high = (float(bound) for bound in _bounds(resampled, confidence))
     if reflect:
-        low, high = max(0.0, 2 * value - high), 2 * value - low  # a volume is not negative
+        low, high = 2 * value - high, 2 * value - low
+    low = low if least is None else max(least, low)
     defined = not math.isnan(value + high)
     return Interval(float(value), low if defined else math.nan, high if defined else math.nan)
 

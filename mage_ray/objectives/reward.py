@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +45,19 @@ def load_reward(
         max_length=spec["max_length"],
         precision=precision,
     )
+
+
+def reward_digests(folder: StudyFolder, models: Iterable[str]) -> dict[str, str]:
+    """By name what tells these trained reward models from others of the same training: their records and qualities.
+
+    Empty of those that aren't trained.
+    """
+    found = {}
+    for name in models:
+        with suppress(OSError):
+            records = [(folder.rewards / name / file).read_bytes() for file in ("mage_ray.json", "quality.json")]
+            found[name] = hashlib.sha256(b"\n".join(records)).hexdigest()[:12]
+    return found
 
 
 def _trained_as(place: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,11 @@ import numpy as np
 
 from mage_ray import objectives
 from mage_ray.cluster import Progress, counted, run_shards
-from mage_ray.errors import UserError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.files import atomic_path, write_atomic
 from mage_ray.folder import StudyFolder
 from mage_ray.objectives import Normaliser, Objective
+from mage_ray.objectives.reward import reward_digests
 from mage_ray.prompts import Prompt, load_prompts, split_prompts
 from mage_ray.study import Study
 
@@ -28,9 +30,16 @@ def study_prompts(study: Study) -> tuple[list[Prompt], list[Prompt]]:
     return train, evaluation
 
 
-def search_prompts(study: Study) -> list[Prompt]:
-    """The study's prompts to choose constants by, none of them among ``study_prompts``. Raises FieldError."""
-    return _split(study, study.search.prompts)[2]
+def search_prompts(study: Study, count: int | None = None, field: str = "search.prompts") -> list[Prompt]:
+    """The study's prompts to choose constants by, none of them among ``study_prompts``.
+
+    As many as the search has unless ``count`` is given. Raises FieldError, of ``field`` where there are too few.
+    """
+    try:
+        return _split(study, study.search.prompts if count is None else count)[2]
+    except FieldError as error:
+        own = field if error.field == "search.prompts" else error.field
+        raise FieldError(own, error.value, error.allowed) from None
 
 
 def _split(study: Study, search: int) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
@@ -70,6 +79,8 @@ def sample_pool(
     Round 0 is the reference model's pool, which also fits the normalisation. A further round samples from the expert in
     ``adapter`` and lies beside its checkpoints. Ray must be connected. Raises UserError.
     """
+    if round == 0:
+        _check_scored_by(study, folder)
     place = folder.rollouts if round == 0 else folder.checkpoints / f"{_expert(adapter)}-rollouts-{round}"
     place.mkdir(parents=True, exist_ok=True)
     prompts, _ = study_prompts(study)
@@ -91,8 +102,23 @@ def sample_pool(
         on_progress=counted(progress, total - left, total),
     )
     if round == 0 and not folder.normalisation.exists():
+        if scored_by := reward_digests(folder, study.reward_models):
+            write_atomic(folder.rollouts / _SCORED_BY, json.dumps(scored_by) + "\n")
         _fit_normalisation(study, folder)
     return load_pool(folder, study, place)
+
+
+_SCORED_BY = "rewards.json"
+
+
+def _check_scored_by(study: Study, folder: StudyFolder) -> None:
+    """Raises UserError where the pool was scored by reward models that have been trained anew since."""
+    path = folder.rollouts / _SCORED_BY
+    if path.exists() and json.loads(path.read_text()) != reward_digests(folder, study.reward_models):
+        raise UserError(
+            f"{path}: the pool was scored by other reward models, allowed: those, or a new folder (its experts learnt "
+            "from these scores)"
+        )
 
 
 def load_pool(folder: StudyFolder, study: Study, place: Path | None = None) -> pd.DataFrame:

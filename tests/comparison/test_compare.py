@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from studies import REWARDS, add_baselines, add_value_models, trained_study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mage_ray.comparison.judge import preferences_of
+from mage_ray.comparison.results import difference
 from mage_ray.comparison.spec import JudgeSpec
 from mage_ray.comparison.variants import study_variants, train_variant
 from mage_ray.folder import StudyFolder
@@ -152,13 +154,16 @@ def test_a_killed_comparison_goes_on_and_its_figures_are_those_of_its_samples(fo
         assert (own["win_rate"] is None) == (label == "reference")
     assert set(content["training_length"]["bone-soup minus rewarded-soup"]) == {"1", "2"}
     assert "Control: mage-i-m@shuffled minus redrawn-reference" in output
+    assert "Control: mage-i-m@shuffled minus reference" in output and f"{matched}: KL" in output
+    steps = {label: own["steps"] for label, own in content["methods"].items()}
+    assert steps["reference"] == [] and steps[shuffled] == [2]
     page = (folder.report / "comparison.html").read_text()
     assert all(label in page for label in labels) and (folder.report / "comparison-fronts-dark.png").exists()
 
     # What has ended is only read; it agrees with itself.
     again = ended(comparing(folder, "--against", str(folder.comparison / "comparison.json")))
     assert "the other way round: none" in again
-    assert json.loads((folder.comparison / "comparison.json").read_text())["methods"] == content["methods"]
+    assert json.loads((folder.comparison / "comparison.json").read_text()) == content
 
     # The test prompts aren't used for another one, unless that is said.
     text = folder.study_file.read_text()
@@ -189,10 +194,12 @@ def check_figures(folder: StudyFolder, content: dict[str, Any], labels: list[str
         assert found["measures"]["kl"]["value"] == pytest.approx(own["kl"].mean(), abs=1e-5)
         assert len(points) == (1 if label == "reference" else 3)
         assert found["measures"]["hypervolume"]["low"] <= volumes[label] <= found["measures"]["hypervolume"]["high"]
-    for one in labels:
-        for other in (label for label in labels if label != one):
-            difference = content["differences"]["hypervolume"][one][other]
-            assert difference["value"] == pytest.approx(volumes[one] - volumes[other], abs=1e-5)
+    for one, other in combinations(labels, 2):
+        found = content["differences"]["hypervolume"][one][other]
+        assert found["value"] == pytest.approx(volumes[one] - volumes[other], abs=1e-5)
+        assert found["low"] <= found["value"] <= found["high"]
+        turned = difference(content, other, one, "hypervolume")
+        assert turned == {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
 
 
 def check_choice(folder: StudyFolder, content: dict[str, Any]) -> None:
@@ -211,11 +218,16 @@ def check_choice(folder: StudyFolder, content: dict[str, Any]) -> None:
     assert content["methods"]["rewarded-soup"]["tried"] == [] and content["methods"]["mage-e-m"]["tried"] == []
     goal = own["tried"][int(np.argmax(volumes))]["kl"]
     matched = content["methods"]["extrapolated-soup@kl-of-mage-i-m"]
-    alphas = [one["constants"]["extrapolation"] for one in matched["tried"]]
-    kls = [one["kl"] for one in matched["tried"]]
-    assert alphas == [0, 2]
-    expected = np.interp(goal, sorted(kls), alphas if kls[0] <= kls[1] else alphas[::-1])
-    assert matched["constants"]["extrapolation"] == pytest.approx(expected, abs=1e-3)
+    [*looked, last] = [(one["constants"]["extrapolation"], one["kl"]) for one in matched["tried"]]
+    assert [alpha for alpha, _ in looked] == list(range(len(looked))) and len(looked) in (3, 6, 9)
+    assert looked[-1][1] >= goal or len(looked) == 9
+    assert matched["constants"]["extrapolation"] == last[0] and matched["kl_goal"] == pytest.approx(goal)
+    between = [
+        (one, other) for one, other in pairwise(looked) if min(one[1], other[1]) <= goal <= max(one[1], other[1])
+    ]
+    if between:
+        [one, other] = between[0]
+        assert last[0] == pytest.approx(one[0] + (goal - one[1]) / (other[1] - one[1]), abs=1e-3)
 
 
 def test_shuffled_rewards_are_another_answers(folder: StudyFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 import yaml
 from studies import add_baselines, add_value_models, trained_study
 
+from mage_ray.comparison.checks import check_comparison
 from mage_ray.comparison.results import agreement, lead
-from mage_ray.comparison.run import check_comparison
 from mage_ray.comparison.settings import constants_that_matter, settings, with_constants
-from mage_ray.comparison.tuning import crossing, setup_with, validation_prompts
+from mage_ray.comparison.tuning import crossing, setup_with, tuned_arms, validation_prompts
 from mage_ray.comparison.variants import compared_methods, study_variants
 from mage_ray.decoding.methods import METHODS
 from mage_ray.errors import FieldError, UserError
@@ -61,7 +62,7 @@ def test_tuned_is_what_a_method_has_a_use_for(folder: StudyFolder) -> None:
     assert {method: matter(method) for method in own.methods} == {
         "reference": set(),
         "rewarded-soup": set(),
-        "bone-soup": set(),  # of its two bases one is Rewarded Soup's
+        "bone-soup": set(),  # it takes part with each of its sets
         "extrapolated-soup": {"base", "extrapolation"},
         "mod": set(),
         "proxy-tuning": {"strength", "candidates"},
@@ -105,14 +106,14 @@ def test_as_many_settings_for_each_the_studys_own_first_and_all_over_the_space(f
 def test_all_that_the_study_trains_takes_part_and_no_more(folder: StudyFolder, tiny_model_folder: Path) -> None:
     study = folder.study
     assert compared_methods(study) == [*METHODS, "morlhf", "genarm", *STRATEGIES]
-    with pytest.raises(FieldError, match=r"compare\.methods: got modpo, allowed: a study with baselines for it"):
+    with pytest.raises(FieldError, match=r"compare\.methods: got modpo, allowed: a study that trains what it needs"):
         compared_methods(changed(study, methods=["modpo", "mage-i-m"]))
     bare = study.model_copy(update={"values": {}, "baselines": {}})
     assert not {"mage-e-m", "morlhf", "genarm"} & {*compared_methods(bare)}
     for wrong, told in (
         ({"methods": ["nonsense"]}, "'nonsense' is not among"),
         ({"shuffled": ["mage-e-m"]}, "'mage-e-m' is not among"),
-        ({"methods": ["reference"], "matched": ["mod"]}, "matched"),
+        ({"space": {"base": ["bone"]}}, "at least 2 items"),
         ({"grid": [[0.5, 0.6]]}, "compare.grid.0"),
         ({"rounds": 4}, "greater than or equal to 5"),
     ):
@@ -120,18 +121,53 @@ def test_all_that_the_study_trains_takes_part_and_no_more(folder: StudyFolder, t
             changed(study, **wrong)
 
 
-def test_policies_that_the_test_would_lack_are_missed_before_anything_is_trained(folder: StudyFolder) -> None:
+def test_what_would_end_it_after_hours_ends_it_at_once(folder: StudyFolder) -> None:
     fields = folder.study.model_dump()
-    check_comparison(Study.model_validate(fields))
-    coarse = Study.model_validate(fields | {"baselines": {"few": {"kind": "morlhf", "grid": 2}}})
-    with pytest.raises(FieldError, match=r"baselines\.few\.grid: got 2, allowed: a grid that has all preferences"):
-        check_comparison(coarse)
-    unfit = Study.model_validate(fields | {"compare": {"space": {"base": ["nothing"]}}})
-    with pytest.raises(FieldError, match=r"compare\.space\.base: got nothing, allowed: one of bone, soup"):
-        check_comparison(unfit)
-    alone = Study.model_validate(fields | {"compare": {"methods": ["mage-i-m"], "judge": {"model": "x"}}})
-    with pytest.raises(FieldError, match="reference among them"):
-        check_comparison(alone)
+    check_comparison(Study.model_validate(fields), folder)
+    bone = {"training": fields["training"] | {"backbones": {"bone": {"beta": 0.7}}}, "guidance": {"guide": "bone"}}
+    without = {"values": {}, "baselines": {}, "compare": {}}
+    check_comparison(Study.model_validate(fields | bone | without), folder)
+    grpo = {"training": fields["training"] | {"method": "grpo", "batch_size": 8}}
+    check_comparison(Study.model_validate(fields | grpo), folder)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (
+            {"baselines": {"few": {"kind": "morlhf", "grid": 2}}},
+            r"baselines\.few\.grid: got 2, allowed: a grid that has",
+        ),
+        ({"compare": {"space": {"base": ["bone", "x"]}}}, r"compare\.space\.base: got x, allowed: one of bone, soup"),
+        ({"compare": {"methods": ["mage-i-m"], "judge": {"model": "x"}}}, "reference among them"),
+        ({"compare": {"methods": ["mage-i-m"], "shuffled": ["mod"]}}, "redrawn-reference or reference among them"),
+        ({"compare": {"judge": {"model": "no such model"}}}, r"compare\.judge\.model: got no such model"),
+        ({"compare": {"methods": ["reference"], "matched": ["mod"]}}, r"compare\.matched: got mod"),
+        ({"compare": {"matched": ["morlhf"], "grid": 5}}, "preference: got"),
+        (grpo | {"compare": {"shuffled": ["mage-i-m"]}}, r"compare\.shuffled: .*only the pool is shuffled"),
+        (bone | without | {"compare": {"steps": [3]}}, "single-objective experts"),
+        (bone | without | {"compare": {"methods": ["mod"]}}, r"compare\.methods: got mod"),
+        ({"strategies": {"method": "rewarded-soup"}}, r"strategies\.method: got rewarded-soup"),
+        ({"strategies": {"method": "mage-e-m"}} | without, "value models"),
+        ({"compare": {"space": {"strength": {"low": -1, "high": 1}}}}, r"guidance\.strength"),
+        ({"evaluation": {"reference_point": -math.inf}}, "reference_point"),
+    ]
+    for change, told in wrong:
+        with pytest.raises(UserError, match=told):
+            check_comparison(Study.model_validate(fields | change), folder)
+    with pytest.raises(ValueError, match="each seed once"):
+        Study.model_validate(fields | {"evaluation": {"seeds": [0, 0]}})
+
+
+def test_bone_soup_takes_part_with_each_of_its_sets(folder: StudyFolder) -> None:
+    more = {"bone": {"beta": 0.7}, "wide": {"beta": 0.8}, "soup": {}}
+    study = Study.model_validate(
+        folder.study.model_dump()
+        | {"training": {"backbones": more}, "values": {}, "baselines": {}}
+        | {"compare": {"methods": ["bone-soup", "reference"], "matched": []}}
+    )
+    arms = tuned_arms(study_variants(study, folder)[0], None)  # nothing to choose, so nothing is run
+    assert {arm.label: dict(arm.constants) for arm in arms} == {
+        "bone-soup": {},
+        "reference": {},
+        "bone-soup-wide": {"base": "wide"},
+    }
 
 
 def test_nobody_chooses_by_prompts_that_are_trained_or_tested_on(folder: StudyFolder) -> None:
@@ -147,18 +183,18 @@ def test_the_example_of_its_page_is_a_study(tmp_path: Path) -> None:
     [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     fields = {"objectives": {"positive": {"type": "positivity"}, "short": {"type": "brevity"}}}
     study = Study.model_validate(yaml.safe_load(example) | fields)
-    check_comparison(study)
+    check_comparison(study, StudyFolder(tmp_path))
     assert {*yaml.safe_load(example)["compare"]} <= {*type(study.compare).model_fields}
-    # A variant trains what the study's own constants draw on, and tunes over no other.
-    more = {"bone": {"beta": 0.7}, "soup": {}, "other": {"beta": 0.6}}
+    # A variant trains all that its methods are tuned over, and no more.
+    more = {"bone": {"beta": 0.7}, "soup": {}, "other": {"beta": 0.6}, "idle": {"beta": 0.8}}
     wide = study.model_dump() | {"training": {"backbones": more}}
     wide["compare"]["space"]["base"] = ["bone", "other"]
     [_, longer, shuffled] = study_variants(Study.model_validate(wide), StudyFolder(tmp_path))
     assert longer.name == "20" and longer.study.training.steps == 20
     assert shuffled.study.training.steps == 100
     for variant in (longer, shuffled):
-        assert [*variant.study.training.backbones] == ["bone", "soup"]
-        assert variant.study.compare.space.base == ["bone"]
+        assert [*variant.study.training.backbones] == ["bone", "soup", "other"]
+        assert variant.study.compare.space.base == ["bone", "other"]
 
 
 def test_where_a_curve_comes_to_a_goal() -> None:
