@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MATCHED = "extrapolated-soup"
 BONE_SOUP = "bone-soup"
 _FARTHEST = 8
+"""How far a soup is extrapolated at most to reach a rival's KL: alpha."""
 
 
 @dataclass(frozen=True)
