@@ -174,7 +174,7 @@ def read_comparison(path: Path, study: Study) -> dict[str, Any]:
         for own in content["methods"].values():
             for measure in COMPARED:
                 _ = own["measures"][measure]["low"], own["measures"][measure]["high"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{path}: no comparison ({reason}), allowed: a comparison.json of mage-ray compare") from None
     grid = [list(mu) for mu in study.evaluation_grid()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def train_values(study: Study, folder: StudyFolder, console: Console | None = No
     pool = load_pool(folder, study)
     if todo:
         places = {f"{set}-{name}": folder.value(set, name) for set, name in todo}
-        runs = [_run(study, folder, pool, set, name) for set, name in todo]
+        runs = [set_run(study, folder, pool, set, name) for set, name in todo]
         origin = model_origin(study.model)
 
         def finished(run: Run, checkpoint: Path) -> None:
@@ -91,7 +92,11 @@ def split(pool: DataFrame, held_out: float, seed: int) -> tuple[DataFrame, DataF
     return pool[~held], pool[held]
 
 
-def _run(study: Study, folder: StudyFolder, pool: DataFrame, set: str, name: str) -> Run:
+def set_run(study: Study, folder: StudyFolder, pool: DataFrame, set: str, name: str) -> Run:
+    """The training of one value model of a set, whose checkpoints lie apart from those of any other training of it.
+
+    Raises UserError for a pool that can't teach it.
+    """
     spec = study.values[set]
     train, _ = split(pool, spec.held_out, study.seed)
     rewards = train[f"reward/{name}"].to_numpy(dtype=np.float64)
@@ -110,7 +115,7 @@ def _run(study: Study, folder: StudyFolder, pool: DataFrame, set: str, name: str
     return Run(
         name=f"{set}-{name}",
         study=study,
-        checkpoints=folder.checkpoints,
+        checkpoints=folder.checkpoints / "values" / hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12],
         weights={name: 1.0},
         examples=[answers[i] for i in order],
         values=spec,

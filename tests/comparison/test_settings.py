@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from studies import add_baselines, add_value_models, trained_study
 
 from mage_ray.comparison.checks import check_comparison
-from mage_ray.comparison.results import agreement, lead
+from mage_ray.comparison.results import agreement, lead, read_comparison
 from mage_ray.comparison.settings import constants_that_matter, settings, with_constants
 from mage_ray.comparison.tuning import crossing, setup_with, tuned_arms, validation_prompts
 from mage_ray.comparison.variants import compared_methods, study_variants
@@ -233,3 +234,29 @@ def test_a_lead_and_an_order_are_what_intervals_tell_apart() -> None:
     undefined = content(a=(1, 1, 1), b=(2, 2, 2))
     undefined["methods"]["a"]["measures"]["hypervolume"] = {"value": None, "low": None, "high": None}
     assert agreement(ours, undefined, "hypervolume") == {"kept": [], "turned": [], "apart_once": [["a", "b"]]}
+
+
+def test_a_comparison_to_hold_it_against_is_one_of_the_same(folder: StudyFolder, tmp_path: Path) -> None:
+    study = folder.study
+    grid = [list(mu) for mu in study.evaluation_grid()]
+    defined = {measure: interval(1, 0, 2) for measure in ("hypervolume", "inner_product", "controllability")}
+    whole = {
+        "objectives": study.objective_names,
+        "grid": grid,
+        "reference_point": study.reference_point(),
+        "methods": {"a": {"measures": defined}},
+    }
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps(whole))
+    assert read_comparison(path, study) == whole
+    for change, told in (
+        ({"grid": grid[:-1]}, "--against: got one of another grid"),
+        ({"reference_point": [0.0, 0.0]}, "--against: got one of another reference point"),
+        ({"methods": {"a": {"measures": {}}}}, "no comparison"),
+        ({"methods": []}, "no comparison"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=told):
+            read_comparison(path, study)
+    with pytest.raises(UserError, match="no comparison"):
+        read_comparison(tmp_path / "none.json", study)

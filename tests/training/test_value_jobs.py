@@ -17,7 +17,7 @@ from mage_ray.training.checkpoint import load_state
 from mage_ray.training.ray_train import fit
 from mage_ray.training.rollouts import load_pool
 from mage_ray.training.run import METRICS
-from mage_ray.training.values import QUALITY, split, train_values
+from mage_ray.training.values import QUALITY, set_run, split, train_values
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +52,10 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_value_mode
 ) -> None:
     study = valued_study(tiny_model_folder, {"checkpoint_every": EVERY}, **LONG)
     folder = make_folder(tmp_path / "study", study, make_pool())
+    runs = {name: set_run(study, folder, make_pool(), "final", name).folder for name in study.objective_names}
     with driver_to_kill(train_values, folder):
         wait_for(lambda: folder.value("final", "early").exists())
-        wait_for(lambda: checkpointed(folder.checkpoints / "final-late"))
+        wait_for(lambda: checkpointed(runs["late"]))
     files = {WEIGHTS_FILE, CONFIG_FILE, HEAD_FILE, ORIGIN_FILE}
     assert [path.name for path in (folder.path / "values").iterdir()] == ["final-early"]
     first = {path: path.stat().st_mtime_ns for path in folder.value("final", "early").iterdir()}
@@ -62,12 +63,12 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_value_mode
 
     train_values(study, folder)
     assert {path: path.stat().st_mtime_ns for path in first} == first
-    steps = steps_made(folder.checkpoints / "final-late" / METRICS)
+    steps = steps_made(runs["late"] / METRICS)
     assert sorted(set(steps)) == list(range(1, LONG["steps"] + 1))
     back = [now for before, now in pairwise(steps) if now <= before]
     # From a checkpoint, not from the start; none is repeated where the kill came right after one.
     assert len(back) <= 1 and all(now > EVERY and now % EVERY == 1 for now in back)
-    assert len(steps_made(folder.checkpoints / "final-early" / METRICS)) == LONG["steps"]
+    assert len(steps_made(runs["early"] / METRICS)) == LONG["steps"]
 
     pool = load_pool(folder, study)
     train, _ = split(pool, study.values["final"].held_out, study.seed)
@@ -78,3 +79,12 @@ def test_killed_driver_goes_on_when_started_again_and_leaves_finished_value_mode
         assert {path.name for path in folder.value("final", name).iterdir()} == files | {QUALITY}
         quality = json.loads((folder.value("final", name) / QUALITY).read_text())
         assert quality["answers"] > 0 and all(np.isfinite(row["error"]) for row in quality["by_share"])
+
+
+def test_a_training_by_other_constants_never_goes_on_from_this_ones_checkpoints(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    one, other = (valued_study(tiny_model_folder, **LONG | {"learning_rate": rate}) for rate in (1e-3, 2e-3))
+    folder = make_folder(tmp_path / "study", one, make_pool())
+    places = {set_run(study, folder, make_pool(), "final", "late").folder for study in (one, other, one)}
+    assert len(places) == 2
