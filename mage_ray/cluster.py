@@ -16,6 +16,8 @@ Progress = Callable[[int, int], None]
 """Told how many items are done, and of how many."""
 
 
+_log = logging.getLogger("mage_ray")
+
 _STARTS = 2
 """How often a cluster of our own is started: Ray gives its processes half a minute, which a busy machine may not."""
 
@@ -46,10 +48,11 @@ def connected(cpus: int | None = None) -> Iterator[None]:
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **local)
             break
-        except Exception:
+        except Exception as error:
             ray.shutdown()
             if not left:
                 raise
+            _log.warning("Ray did not start, trying once more: %s", " ".join(str(error).split())[:200])
     try:
         yield
     finally:

@@ -108,6 +108,9 @@ def _load(auto_class: Any, name: str, dtype: str, new: str | None = None, **opti
         try:
             config, _ = PreTrainedConfig.get_config_dict(source)
             _check_decoder_only(name, config)
+            wanted, has = options.get("num_hidden_layers"), config.get("num_hidden_layers")
+            if wanted is not None and not (isinstance(has, int) and wanted <= has):
+                raise FieldError("layers", wanted, f"up to {has}, those of {name}")
             loaded: Any = auto_class.from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
@@ -120,9 +123,6 @@ def _load(auto_class: Any, name: str, dtype: str, new: str | None = None, **opti
             raise _cannot_load("model", name, error) from error
     model, loading = loaded
     # transformers would fill them with random numbers and only warn.
-    wanted, has = options.get("num_hidden_layers"), config.get("num_hidden_layers")
-    if wanted is not None and not (isinstance(has, int) and wanted <= has):
-        raise FieldError("layers", wanted, f"up to {has}, those of {name}")
     if missing := sorted(set(loading["missing_keys"]) - {new}):
         raise UserError(f"cannot load the model {name}: its files lack {len(missing)} tensors, {missing[0]} for one")
     return model

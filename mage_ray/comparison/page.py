@@ -16,14 +16,14 @@ from mage_ray.evaluation.canvas import DARK, LIGHT, Theme
 from mage_ray.evaluation.plots import draw_cost, draw_fronts
 from mage_ray.evaluation.report import facts_html, figure, write_page
 from mage_ray.evaluation.summary import Summary
-from mage_ray.evaluation.tables import UNDEFINED, differences_html, measures_html, number
+from mage_ray.evaluation.tables import COLUMNS, UNDEFINED, differences_html, measures_html, number
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LABELS = {"hypervolume": "hypervolume", "inner_product": "inner product", "controllability": "controllability"}
+_LABELS = {column.measure: column.label for column in COLUMNS}
 OURS = ("mage-i-m", "mage-e-m")
 """Whose lead is the question."""
 

@@ -49,7 +49,7 @@ class Arm:
     variant: Variant
     constants: Constants
     tried: tuple[Tried, ...] = ()
-    """None where there was nothing to choose."""
+    """Empty where there was nothing to choose."""
     kl_goal: float | None = None
     """What a matched soup's KL should be; its own is that of the last one tried."""
 
