@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import yaml
 
@@ -23,17 +24,18 @@ class StudyFolder:
     evaluation/*.parquet, analysis/, search/, recipe.yaml, comparison/, report/index.html.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, shared: Mapping[str, Path] = MappingProxyType({})) -> None:
         self.path = Path(path).absolute()
+        self._shared = dict(shared)
         self.study_file = self.path / "study.yaml"
-        self.rollouts = self.path / "rollouts"
+        self.rollouts = self._shared.get("rollouts", self.path / "rollouts")
         self.normalisation = self.rollouts / "normalisation.json"
         self.experts = self.path / "experts"
         self.chosen = self.path / "betas.json"
         self.checkpoints = self.path / "checkpoints"
         self.values = self.path / "values"
         self.baselines = self.path / "baselines"
-        self.rewards = self.path / "rewards"
+        self.rewards = self._shared.get("rewards", self.path / "rewards")
         self.evaluation = self.path / "evaluation"
         self.analysis = self.path / "analysis"
         self.report = self.path / "report"
@@ -70,31 +72,37 @@ class StudyFolder:
         """The adapter of the row of ``backbone``'s mix that belongs to ``objective``."""
         return self.experts / f"{backbone}-{objective}"
 
-    def borrow(self, other: StudyFolder, part: str) -> None:
-        """Have a part of another study's folder here, too, by a link."""
-        here, there = self.path / part, other.path / part
-        if there.exists() and not here.is_symlink():
-            here.symlink_to(os.path.relpath(there.resolve(), self.path.resolve()))
+    def within(self, place: Path, *shared: Literal["rollouts", "rewards"]) -> StudyFolder:
+        """The folder, in ``place`` inside this one, of a study that has these parts in common with this one's."""
+        return StudyFolder(place, {part: getattr(self, part) for part in shared})
+
+    def name_of(self, place: Path) -> str:
+        """A file's or folder's name here, the same on every node."""
+        return place.relative_to(self.path).as_posix()
 
     @classmethod
     def create(cls, path: Path | str, study: Study) -> StudyFolder:
-        """The folder for ``study``, made if it isn't there.
+        """The folder for ``study``, made if it isn't there; as ``claim``."""
+        folder = cls(path)
+        folder.claim(study)
+        return folder
+
+    def claim(self, study: Study) -> None:
+        """Make it the folder of ``study``.
 
         Raises UserError when the folder holds a study whose results this one can't share: only ``guidance``,
         ``evaluation``, ``strategies``, ``analysis``, ``search`` and ``compare`` may differ from what it was made with,
         and ``values``, ``baselines`` and ``rewards`` may gain entries.
         """
-        folder = cls(path)
-        if folder.study_file.exists():
-            there = load_study(folder.study_file)
+        if self.study_file.exists():
+            there = load_study(self.study_file)
             for field in FIXED:
                 if getattr(there, field) != getattr(study, field):
                     raise UserError(
-                        f"{folder.path}: its study differs in {field}, allowed: the study that the folder was made "
+                        f"{self.path}: its study differs in {field}, allowed: the study that the folder was made "
                         "with, or a new folder"
                     )
         # With its nulls: where a default is something else, they say something.
         text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        if not folder.study_file.exists() or folder.study_file.read_text() != text:
-            write_atomic(folder.study_file, text)
-        return folder
+        if not self.study_file.exists() or self.study_file.read_text() != text:
+            write_atomic(self.study_file, text)

@@ -60,12 +60,12 @@ def engine(folder: Path, recipe: Path, clock: Clock) -> dict[str, Any]:
     plans = {chosen.method: [plan_for(chosen.method, mu, setup) for mu in grid]}
     prompts = search_prompts(study)
     cells = make_cells(study, place, place.search / "cells", plans, setup, grid, prompts, whole=True)
-    runner = CellRunner(study, folder, sets)
+    runner = CellRunner(study, place, sets)
     clock.note("load")
     for _ in runner.run(cells):
         pass
     clock.note("generate and score")
-    frames = read_cells(cells)
+    frames = read_cells(place, cells)
     points = [frame[[f"reward/{name}" for name in study.objectives]].mean().tolist() for frame in frames]
     return _figures(study, points, sum(int(frame["tokens"].sum()) for frame in frames), clock)
 

@@ -66,41 +66,49 @@ def score_rows(
     """
     experts = [set_digests(folder, study, name) for name in sets]
     shared = [study.model, study.system, study.dtype, experts, answers.prompts, answers.ids]
-    paths = []
+    files = []
     for row in rows:
         digest = hashlib.sha256(json.dumps([*shared, asdict(row)]).encode()).hexdigest()[:16]
-        paths.append(folder.analysis / "scores" / f"{digest}.safetensors")
-    missing = [(row, path) for row, path in dict(zip(rows, paths, strict=True)).items() if not path.exists()]
+        files.append(f"{digest}.safetensors")
+    place = scores(folder)
+    missing = [item for item in dict(zip(rows, files, strict=True)).items() if not (place / item[1]).exists()]
     distinct = len(set(rows))
     run_shards(
         _score_shards,
         missing,
-        (study, folder.path, tuple(sets), answers),
+        (study, folder, tuple(sets), answers),
         workers=study.evaluation.workers,
         gpus_per_worker=study.training.gpus_per_worker,
         on_progress=counted(progress, distinct - len(missing), distinct),
     )
-    return [_read(path) for path in paths]
+    return [_read(place / file) for file in files]
+
+
+def scores(folder: StudyFolder) -> Path:
+    """Where they are kept."""
+    return folder.analysis / "scores"
 
 
 def _score_shards(
-    study: Study, folder: Path, sets: Sequence[str], answers: Answers, shards: Sequence[tuple[Row, Path]]
+    study: Study, folder: StudyFolder, sets: Sequence[str], answers: Answers, shards: Sequence[tuple[Row, str]]
 ) -> Iterator[int]:
     """In a worker: score and write rows; yield 1 for each."""
     device = "cuda" if study.training.gpus_per_worker > 0 else None
-    experts = load_experts(StudyFolder(folder), study, sets)
+    experts = load_experts(folder, study, sets)
     generator = Generator(study, experts, rows=_AT_ONCE, device=device)
     prompts = [list(generator.chat.encode(prompt)) for prompt in answers.prompts]
     sequences = [[*prompt, *ids] for prompt, ids in zip(prompts, answers.ids, strict=True)]
     runner = generator.runner
-    for row, path in shards:
+    for row, file in shards:
         score = runner.score if row.head is None else runner.values
-        scores: list[np.ndarray] = []
+        found: list[np.ndarray] = []
         for begin in range(0, len(sequences), _AT_ONCE):
             part = slice(begin, begin + _AT_ONCE)
-            scores += [s.numpy() for s in score(row, sequences[part], list(map(len, prompts[part])))]
-        lengths = np.array([len(s) for s in scores])
-        write_atomic(path, save({"scores": np.concatenate(scores).astype(np.float32), "lengths": lengths}))
+            found += [s.numpy() for s in score(row, sequences[part], list(map(len, prompts[part])))]
+        lengths = np.array([len(s) for s in found])
+        write_atomic(
+            scores(folder) / file, save({"scores": np.concatenate(found).astype(np.float32), "lengths": lengths})
+        )
         yield 1
 
 

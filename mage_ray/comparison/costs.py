@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -76,24 +76,29 @@ def time_cells(
     """
     machine = [platform.node(), os.cpu_count()]
     spec = study.compare
-    key = [[label, cell.path.name] for label, cell in cells.items()], spec.rounds, spec.timed_prompts, machine
-    path = folder.comparison / f"timing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
-    if not path.exists():
+    key = (
+        [[label, PurePosixPath(cell.file).name] for label, cell in cells.items()],
+        spec.rounds,
+        spec.timed_prompts,
+        machine,
+    )
+    file = f"timing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+    if not (folder.comparison / file).exists():
         with shown(console, "timing") as progress:
             total = (spec.rounds + 1) * len(cells)
             run_shards(
                 _timed,
                 [dict(cells)],
-                (study, folder.path, path),
+                (study, folder, file),
                 workers=1,
                 gpus_per_worker=study.training.gpus_per_worker,
                 on_progress=counted(progress, 0, total),
             )
-    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    found: dict[str, dict[str, float]] = json.loads((folder.comparison / file).read_text())
     return found
 
 
-def _timed(study: Study, folder: Path, path: Path, shards: Sequence[Mapping[str, Cell]]) -> Iterator[int]:
+def _timed(study: Study, folder: StudyFolder, file: str, shards: Sequence[Mapping[str, Cell]]) -> Iterator[int]:
     """In a worker: yields 1 for every cell of a round; the first round is not counted."""
     from mage_ray.decoding.search import search_all
     from mage_ray.generator import Generator, load_experts
@@ -109,7 +114,7 @@ def _timed(study: Study, folder: Path, path: Path, shards: Sequence[Mapping[str,
     generator: Generator | None = None
     for sets, own in banks.items():
         generator = None  # The old one's memory first.
-        experts = load_experts(StudyFolder(folder), study, sets)
+        experts = load_experts(folder, study, sets)
         generator = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
         for round in range(study.compare.rounds + 1):
             for label, cell in own.items():
@@ -127,4 +132,4 @@ def _timed(study: Study, folder: Path, path: Path, shards: Sequence[Mapping[str,
                 sizes[label] = positions * generator.runner.memory.per_position
                 yield 1
     content = {label: {"best": max(own), "median": median(own), "bytes": sizes[label]} for label, own in rates.items()}
-    write_atomic(path, json.dumps(content, indent=1) + "\n")
+    write_atomic(folder.comparison / file, json.dumps(content, indent=1) + "\n")

@@ -47,24 +47,24 @@ def win_rates(study: Study, folder: StudyFolder, samples: pd.DataFrame, console:
     asked["other"] = [plain[prompt, seed] for prompt, seed in zip(asked["prompt_id"], asked["seed"], strict=True)]
     triples = asked[["prompt", "completion", "other"]].drop_duplicates()
     triples = triples[triples["completion"] != triples["other"]].reset_index(drop=True)
-    place = folder.comparison / "judgements"
     shards = []
     for begin in range(0, len(triples), _PER_SHARD):
         part = triples.iloc[begin : begin + _PER_SHARD]
         digest = hashlib.sha256(json.dumps([judge.model_dump(), part.to_numpy().tolist()]).encode()).hexdigest()
-        shards.append((place / f"{digest[:12]}.parquet", part))
-    missing = [shard for shard in shards if not shard[0].exists()]
+        shards.append((f"{digest[:12]}.parquet", part))
+    place = judgements(folder)
+    missing = [shard for shard in shards if not (place / shard[0]).exists()]
     left = sum(len(part) for _, part in missing)
     with shown(console, "judge") as progress:
         run_shards(
             _judge_shards,
             missing,
-            (judge, study.training.gpus_per_worker > 0),
+            (judge, folder, study.training.gpus_per_worker > 0),
             workers=study.evaluation.workers,
             gpus_per_worker=study.training.gpus_per_worker,
             on_progress=counted(progress, len(triples) - left, len(triples)),
         )
-    wins = [pd.read_parquet(path)["wins"].to_numpy() for path, _ in shards]
+    wins = [pd.read_parquet(place / file)["wins"].to_numpy() for file, _ in shards]
     triples["wins"] = np.concatenate(wins) if wins else np.zeros(0)
     if triples["wins"].isna().any():
         raise UserError(f"compare.judge.model: {judge.model} says what is no number, allowed: a model that works")
@@ -82,14 +82,22 @@ def win_rates(study: Study, folder: StudyFolder, samples: pd.DataFrame, console:
     return found
 
 
-def _judge_shards(judge: JudgeSpec, gpu: bool, shards: Sequence[tuple[Path, pd.DataFrame]]) -> Iterator[int]:
+def judgements(folder: StudyFolder) -> Path:
+    """Where they are kept."""
+    return folder.comparison / "judgements"
+
+
+def _judge_shards(
+    judge: JudgeSpec, folder: StudyFolder, gpu: bool, shards: Sequence[tuple[str, pd.DataFrame]]
+) -> Iterator[int]:
     """In a worker: yields how many pairs of answers it has judged."""
     from mage_ray.chat import Chat
     from mage_ray.models import load_model, load_tokenizer
 
     model = load_model(judge.model, device="cuda" if gpu else None)
     chat = Chat(load_tokenizer(judge.model), model)
-    for path, part in shards:
+    for file, part in shards:
+        path = judgements(folder) / file
         if path.exists():
             continue
         rows = list(part.itertuples(index=False))
@@ -101,7 +109,6 @@ def _judge_shards(judge: JudgeSpec, gpu: bool, shards: Sequence[tuple[Path, pd.D
             + [(row.prompt, row.other, row.completion) for row in rows],
         )
         wins = (prefers[: len(rows)] + 1 - prefers[len(rows) :]) / 2
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             part.assign(wins=wins).to_parquet(partial)
         yield len(rows)

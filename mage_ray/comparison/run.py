@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def _claim_test(
         "evaluation": study.evaluation.model_dump(mode="json", exclude={"methods", "workers", "batch_rows"}),
         "strategies": study.strategies.model_dump(mode="json"),
         "guidance": study.guidance.model_dump(mode="json"),
-        "what was trained": sorted(cell.path.name for cell in cells),
+        "what was trained": sorted(PurePosixPath(cell.file).name for cell in cells),
     }
     path = folder.comparison / TESTED
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"

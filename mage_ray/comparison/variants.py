@@ -114,19 +114,17 @@ def _variant(study: Study, folder: StudyFolder, name: str, methods: Sequence[str
             "compare": study.compare.model_copy(update={"space": space.model_copy(update={"values": None})}),
         }
     )
-    place = StudyFolder(folder.comparison / "variants" / f"{name}-{own.digest}")
-    return Variant(name, own, place, tuple(dict.fromkeys(methods)))
+    place = folder.comparison / "variants" / f"{name}-{own.digest}"
+    within = folder.within(place, "rewards") if name == SHUFFLED else folder.within(place, "rewards", "rollouts")
+    return Variant(name, own, within, tuple(dict.fromkeys(methods)))
 
 
 def train_variant(variant: Variant, study: Study, folder: StudyFolder, console: Console | None) -> None:
     """Train what is missing of a variant on the study's pool. Ray must be connected. Raises UserError."""
-    place = StudyFolder.create(variant.folder.path, variant.study)
-    place.borrow(folder, "rewards")
-    if variant.name != SHUFFLED:
-        place.borrow(folder, "rollouts")
-    elif not place.rollouts.exists():
-        _shuffle_rewards(study, folder, place.rollouts)
-    train_experts(variant.study, place, console)
+    variant.folder.claim(variant.study)
+    if not variant.folder.rollouts.exists():
+        _shuffle_rewards(study, folder, variant.folder.rollouts)
+    train_experts(variant.study, variant.folder, console)
 
 
 def _shuffle_rewards(study: Study, folder: StudyFolder, rollouts: Path) -> None:

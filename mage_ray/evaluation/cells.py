@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class Cell:
     """One method at one preference: its prompts, each with every seed of the study's evaluation, kept in one file.
 
-    ``plan`` is over a bank of ``sets``. ``path`` ends in a digest of all that its numbers depend on, so a cell is never
-    taken for one of other settings.
+    ``plan`` is over a bank of ``sets``. ``file`` is its name in the study's folder, which ends in a digest of all that
+    its numbers depend on, so a cell is never taken for one of other settings.
     """
 
     method: str
@@ -49,8 +49,12 @@ class Cell:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     """But for the seed, which is each generation's own."""
-    path: Path
+    file: str
     way: Way = Way()  # noqa: RUF009 (frozen)
+
+    def path(self, folder: StudyFolder) -> Path:
+        """Where it lies in its study's folder."""
+        return folder.path / self.file
 
 
 def make_cells(
@@ -99,22 +103,24 @@ def make_cells(
         for point, (plan, smaller, way, preference) in enumerate(zip(mine, smallest, own, preferences, strict=False)):
             content = [shared, experts, asdict(smaller), preference, *([] if way == Way() else [asdict(way)])]
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-            path = place / f"{method}-{point:02d}-{digest}.parquet"
-            cells.append(Cell(method, point, preference, plan, tuple(sets), tuple(prompts), sampling, path, way))
+            file = folder.name_of(place / f"{method}-{point:02d}-{digest}.parquet")
+            cells.append(Cell(method, point, preference, plan, tuple(sets), tuple(prompts), sampling, file, way))
     return cells
 
 
-def read_cells(cells: Sequence[Cell]) -> list[pd.DataFrame]:
+def read_cells(folder: StudyFolder, cells: Sequence[Cell]) -> list[pd.DataFrame]:
     """The cells' samples. Raises UserError for a corrupt file."""
     import pandas as pd
 
     frames = []
     for cell in cells:
         try:
-            frames.append(pd.read_parquet(cell.path))
+            frames.append(pd.read_parquet(cell.path(folder)))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:80]
-            raise UserError(f"{cell.path}: corrupt ({reason}); delete it, and the next run makes it again") from None
+            raise UserError(
+                f"{cell.path(folder)}: corrupt ({reason}); delete it, and the next run makes it again"
+            ) from None
     return frames
 
 
@@ -124,18 +130,17 @@ class CellRunner:
     A cell's own sets must be among them. Raises UserError, one line, for what can't be loaded.
     """
 
-    def __init__(self, study: Study, folder: Path, sets: Sequence[str], device: str | None = None) -> None:
-        place = StudyFolder(folder)
-        self._study = study
-        self._normaliser = load_normaliser(place, study)
-        self._scorers = load_objectives(study, place)
-        experts = load_experts(place, study, sets)
+    def __init__(self, study: Study, folder: StudyFolder, sets: Sequence[str], device: str | None = None) -> None:
+        self._study, self._folder = study, folder
+        self._normaliser = load_normaliser(folder, study)
+        self._scorers = load_objectives(study, folder)
+        experts = load_experts(folder, study, sets)
         self._sizes = {name: len(members) for name, members in experts.items()}
         self._generator = Generator(study, experts, rows=study.evaluation.batch_rows, device=device)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[int]:
         """Write those that aren't there yet, all generated in one batch; yields 1 for every generation that ends."""
-        todo = [cell for cell in cells if not cell.path.exists()]
+        todo = [cell for cell in cells if not cell.path(self._folder).exists()]
         if not todo:
             return
         study, generator = self._study, self._generator
@@ -147,11 +152,11 @@ class CellRunner:
         draws = [(prompt, seed) for prompt in prompts for seed in study.evaluation.seeds]
         # Prompt by prompt: rows that several cells share, the reference above all, are computed once.
         asked = [(cell, prompt, seed) for prompt, seed in draws for cell in todo if prompt in cell.prompts]
-        plans = {cell.path: _over_bank(cell, self._sizes) for cell in todo}
+        plans = {cell.file: _over_bank(cell, self._sizes) for cell in todo}
         requests = [
             Request(
                 encoded[prompt, study.system if cell.way.system is None else cell.way.system],
-                plans[cell.path],
+                plans[cell.file],
                 replace(cell.sampling, seed=_seed(study, cell, prompt, seed)),
             )
             for cell, prompt, seed in asked
@@ -170,7 +175,9 @@ class CellRunner:
             drawn, said = [asked[i][1:] for i in own], [answers[i] for i in own]
             raw_NM = score_all(self._scorers, [prompt.text for prompt, _ in drawn], [a.text for a in said])
             forwards = [_forwards(cell.plan, answers[i], found[i].drawn) for i in own]
-            _write(cell, drawn, said, forwards, [scores[i] for i in own], raw_NM, self._normaliser)
+            frame = _frame(cell, drawn, said, forwards, [scores[i] for i in own], raw_NM, self._normaliser)
+            with atomic_path(cell.path(self._folder)) as partial:
+                frame.to_parquet(partial)
 
     def _found(self, requests: Sequence[Request], ways: Sequence[Way]) -> Iterator[tuple[int, Found]]:
         """What each request has come to by its way, as (its index, what was found), as they end.
@@ -217,7 +224,7 @@ def _over_bank(cell: Cell, sizes: Mapping[str, int]) -> Plan:
     return replace(cell.plan, rows=tuple(map(wider, cell.plan.rows)))
 
 
-def _write(
+def _frame(
     cell: Cell,
     draws: Sequence[tuple[Prompt, int]],
     answers: Sequence[Generation],
@@ -225,10 +232,10 @@ def _write(
     reference_logprobs: Sequence[Sequence[float]],
     raw_NM: np.ndarray,
     normaliser: Normaliser,
-) -> None:
+) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "method": cell.method,
             "point": cell.point,
@@ -244,8 +251,6 @@ def _write(
             **{f"reward/{n}": column for n, column in zip(normaliser.names, normaliser.apply(raw_NM).T, strict=True)},
         }
     )
-    with atomic_path(cell.path) as partial:
-        frame.to_parquet(partial)
 
 
 def _forwards(plan: Plan, answer: Generation, drawn: Iterable[Generation]) -> float:

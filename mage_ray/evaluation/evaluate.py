@@ -89,8 +89,8 @@ def evaluated_front(study: Study, folder: StudyFolder) -> dict[str, list[tuple[P
 
     points: dict[str, list[tuple[Preference | None, list[float]]]] = {}
     for cell in study_cells(study, folder) if folder.normalisation.exists() else []:
-        if cell.path.exists():
-            means = pd.read_parquet(cell.path)[[f"reward/{name}" for name in study.objectives]].mean()
+        if cell.path(folder).exists():
+            means = pd.read_parquet(cell.path(folder))[[f"reward/{name}" for name in study.objectives]].mean()
             points.setdefault(cell.method, []).append((cell.preference, means.tolist()))
     return points
 
@@ -107,19 +107,19 @@ def evaluate_cells(
     load_normaliser(folder, study)
     for name, scorer in load_objectives(study, folder).items():
         objectives.probe(name, scorer)
-    missing = [cell for cell in cells if not cell.path.exists()]
+    missing = [cell for cell in cells if not cell.path(folder).exists()]
     draws = len(study.evaluation.seeds)
     total = sum(len(cell.prompts) for cell in cells) * draws
     left = sum(len(cell.prompts) for cell in missing) * draws
     run_shards(
         _evaluate_shards,
         shards_of(missing, study.evaluation.workers),
-        (study, folder.path),
+        (study, folder),
         workers=study.evaluation.workers,
         gpus_per_worker=study.training.gpus_per_worker,
         on_progress=counted(progress, total - left, total),
     )
-    return pd.concat(read_cells(cells), ignore_index=True)
+    return pd.concat(read_cells(folder, cells), ignore_index=True)
 
 
 def shards_of(missing: Sequence[Cell], workers: int) -> list[list[Cell]]:
@@ -134,7 +134,7 @@ def shards_of(missing: Sequence[Cell], workers: int) -> list[list[Cell]]:
     return shards
 
 
-def _evaluate_shards(study: Study, folder: Path, shards: Sequence[Sequence[Cell]]) -> Iterator[int]:
+def _evaluate_shards(study: Study, folder: StudyFolder, shards: Sequence[Sequence[Cell]]) -> Iterator[int]:
     """In a worker: yields 1 for every generation that ends."""
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     runner: CellRunner | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -53,11 +52,8 @@ def _try(study: Study, folder: StudyFolder, name: str, beta: float, steps: int, 
     guidance = study.guidance.model_copy(update={"base": name, "guide": name, **unset})
     training = study.training.model_copy(update={"backbones": alone})
     early = study.model_copy(update={"training": training, "guidance": guidance, "values": {}})
-    place = StudyFolder(folder.checkpoints / "early" / f"{name}-{beta:g}")
+    place = folder.within(folder.checkpoints / "early" / f"{name}-{beta:g}", "rollouts", "rewards")
     train_early(early, folder, place, steps, console)
-    place.rollouts.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder.normalisation, place.normalisation)
-    place.borrow(folder, "rewards")
     setup = bank_setup(early, [name])
     grid = early.search_grid()
     plans = {"bone-soup": [plan_for("bone-soup", mu, setup) for mu in grid]}

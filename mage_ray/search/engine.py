@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,11 +29,13 @@ _BLOCK = 4
 class ResidentEngine:
     """A Ray actor that tries settings."""
 
-    def __init__(self, study: Study, folder: Path, sets: Sequence[str], threads: int, device: str | None) -> None:
+    def __init__(
+        self, study: Study, folder: StudyFolder, sets: Sequence[str], threads: int, device: str | None
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._space, self._folder = Space(study), StudyFolder(folder)
+        self._space, self._folder = Space(study), folder
         self._prompts = search_prompts(study)
         self._runner = CellRunner(study, folder, sets, device)
 
@@ -54,14 +55,14 @@ class ResidentEngine:
                 every += setting_cells(self._space, self._folder, recipe, block)
                 begin += len(block)
         # Which engine gets the odd one out changes with the setting.
-        mine = every[(place + sum(every[0].path.name.encode())) % of :: of]
-        missing = [cell for cell in mine if not cell.path.exists()]
+        mine = every[(place + sum(every[0].file.encode())) % of :: of]
+        missing = [cell for cell in mine if not cell.path(self._folder).exists()]
         began = time.monotonic()
         for _ in self._runner.run(missing):
             pass
-        tokens = sum(int(frame["tokens"].sum()) for frame in read_cells(missing))
+        tokens = sum(int(frame["tokens"].sum()) for frame in read_cells(self._folder, missing))
         names = ["point", "tokens", "forwards", "kl", *(f"reward/{name}" for name in self._space.study.objectives)]
-        samples = [frame[names] for frame in read_cells(mine)]
+        samples = [frame[names] for frame in read_cells(self._folder, mine)]
         numbers = pd.concat(samples, ignore_index=True) if samples else pd.DataFrame(columns=names)
         kept = recipe.model_dump(mode="json", exclude_none=True)
         return Share(numbers, time.monotonic() - began, tokens, kept)
@@ -89,7 +90,7 @@ def resident_engines(space: Space, folder: StudyFolder) -> Iterator[list[Any]]:
     engine: Any = ray.remote(ResidentEngine).options(**options)
     device = "cuda" if gpus > 0 else None
     count = min(study.search.workers, int(room))
-    engines = [engine.remote(study, folder.path, space.engine_sets, cpus, device) for _ in range(count)]
+    engines = [engine.remote(study, folder, space.engine_sets, cpus, device) for _ in range(count)]
     try:
         yield engines
     finally:
@@ -103,9 +104,11 @@ def _cpus(workers: int) -> int:
     return max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
 
 
-def write_cells(engines: Sequence[Any], cells: Sequence[Cell], draws: int, progress: Progress | None = None) -> None:
+def write_cells(
+    folder: StudyFolder, engines: Sequence[Any], cells: Sequence[Cell], draws: int, progress: Progress | None = None
+) -> None:
     """Have the cells written that aren't there yet, each of ``draws`` samples for a prompt. Raises UserError."""
-    missing = [cell for cell in cells if not cell.path.exists()]
+    missing = [cell for cell in cells if not cell.path(folder).exists()]
     total, left = (sum(len(cell.prompts) for cell in own) * draws for own in (cells, missing))
     shards, n = shards_of(missing, len(engines)), len(engines)
     streams = [

@@ -80,8 +80,8 @@ def check(
     cells = recipe_cells(study, folder, recipe)
     cells += method_cells(study, folder, {study.search.method: study.search.method})
     with shown(console, "unseen prompts") as progress:
-        write_cells(engines, cells, len(study.evaluation.seeds), progress)
-    samples = pd.concat(read_cells(cells), ignore_index=True)
+        write_cells(folder, engines, cells, len(study.evaluation.seeds), progress)
+    samples = pd.concat(read_cells(folder, cells), ignore_index=True)
     spec = study.evaluation
     return summarise(
         samples, study.objective_names, study.reference_point(), spec.resamples, study.seed, spec.confidence

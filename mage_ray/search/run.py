@@ -136,7 +136,7 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     place = folder.search / "tune"
     loggers = tuning.loggers(space.study, folder.search)
     trials = Trials(
-        folder=folder.path,
+        folder=folder,
         engines=tuple(engines),
         rungs=tuple(rung_sizes(spec.prompts, spec.rungs)),
         objectives=tuple(space.study.objectives),
@@ -175,7 +175,7 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
             name=place.name,
             storage_path=str(place.parent),
             callbacks=loggers,
-            stop=tuning.GivesUp(folder.path),
+            stop=tuning.GivesUp(folder),
             failure_config=tune.FailureConfig(max_failures=1),
             verbose=0,
         )

@@ -47,7 +47,7 @@ class Share:
 class Trials:
     """What all trials of a search share. ``rungs`` tells how many prompts each rung has in all."""
 
-    folder: Path
+    folder: StudyFolder
     engines: tuple[Any, ...]
     rungs: tuple[int, ...]
     objectives: tuple[str, ...]
@@ -58,7 +58,7 @@ class Trials:
         """One trial, in a process of Tune's, to which it reports. Raises UserError."""
         from ray import tune
 
-        path = record_path(StudyFolder(self.folder), config)
+        path = record_path(self.folder, config)
         record = {"trial": str(tune.get_context().get_trial_id()), "config": dict(config), "began": time.time()}
         try:
             self._climb(config, path, record)

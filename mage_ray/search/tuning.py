@@ -189,12 +189,12 @@ def is_readable(space: Space, place: Path) -> bool:
 class GivesUp(tune.Stopper):
     """Ends a search whose first trials have all failed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: StudyFolder) -> None:
         self._folder = folder
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        records = read_records(StudyFolder(self._folder))
+        records = read_records(self._folder)
         return len(records) >= _FAILURES and all("error" in record for record in records)

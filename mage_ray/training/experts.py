@@ -184,7 +184,7 @@ def _runs(
         reference = pool_logps(study, pool) if round == 0 else {}
         if unknown := sorted(used - reference.keys()):
             with counted_on(console, "reference") as told:
-                reference |= reference_logps(study, folder.checkpoints, unknown, told)
+                reference |= reference_logps(study, folder, unknown, told)
     prompts: list[str] = []
     if spec.method == "grpo":
         found_prompts = list(pool.drop_duplicates("prompt_id").sort_values("prompt_id")["prompt"])

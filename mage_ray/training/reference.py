@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mage_ray.cluster import Progress, counted, run_shards
 from mage_ray.errors import UserError
 from mage_ray.files import atomic_path
+from mage_ray.folder import StudyFolder
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.study import Study
 from mage_ray.training.pairs import Sample
@@ -40,9 +40,9 @@ def pool_logps(study: Study, pool: DataFrame) -> dict[Sample, float]:
 
 
 def reference_logps(
-    study: Study, checkpoints: Path, samples: Sequence[Sample], progress: Progress | None = None
+    study: Study, folder: StudyFolder, samples: Sequence[Sample], progress: Progress | None = None
 ) -> dict[Sample, float]:
-    """Natural-log probability of each sample's answer given its prompt, over Ray workers; kept in ``checkpoints``.
+    """Natural-log probability of each sample's answer given its prompt, over Ray workers; kept beside the checkpoints.
 
     Killed and started again, it computes what is missing. Ray must be connected. Raises UserError.
     """
@@ -54,32 +54,33 @@ def reference_logps(
     digest = hashlib.sha256(
         json.dumps([study.model, study.system, study.training.precision, unique]).encode()
     ).hexdigest()[:16]
-    place = checkpoints / f"reference-{digest}"
+    place = folder.checkpoints / f"reference-{digest}"
     shards = [
-        (place / f"shard-{i:05d}.safetensors", unique[i * _SHARD : (i + 1) * _SHARD])
-        for i in range(-(-len(unique) // _SHARD))
+        (f"shard-{i:05d}.safetensors", unique[i * _SHARD : (i + 1) * _SHARD]) for i in range(-(-len(unique) // _SHARD))
     ]
-    missing = [shard for shard in shards if not shard[0].exists()]
+    missing = [shard for shard in shards if not (place / shard[0]).exists()]
     run_shards(
         _shards_logps,
         missing,
-        (study,),
+        (study, folder, folder.name_of(place)),
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
         on_progress=counted(progress, len(unique) - sum(len(part) for _, part in missing), len(unique)),
     )
     logps: dict[Sample, float] = {}
-    for path, part in shards:
+    for file, part in shards:
         try:
-            values = load_file(path)["logps"].tolist()
+            values = load_file(place / file)["logps"].tolist()
             logps |= dict(zip(part, values, strict=True))
         except (OSError, SafetensorError, KeyError, ValueError):
-            raise UserError(f"{path}: damaged; delete it, and the next run makes it again") from None
+            raise UserError(f"{place / file}: damaged; delete it, and the next run makes it again") from None
     return logps
 
 
-def _shards_logps(study: Study, shards: Sequence[tuple[Path, Sequence[Sample]]]) -> Iterator[int]:
-    """In a Ray worker: one file for each shard."""
+def _shards_logps(
+    study: Study, folder: StudyFolder, part: str, shards: Sequence[tuple[str, Sequence[Sample]]]
+) -> Iterator[int]:
+    """In a Ray worker: one file for each shard, in this part of the folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -88,9 +89,9 @@ def _shards_logps(study: Study, shards: Sequence[tuple[Path, Sequence[Sample]]])
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     model = load_model(study.model, "bfloat16" if uses_bfloat16(study.training) else "float32", device)
     chat = Chat(load_tokenizer(study.model), model, study.system)
-    for path, samples in shards:
+    for file, samples in shards:
         values = torch.tensor(sample_logps(model, chat, samples), dtype=torch.float64)
-        with atomic_path(path) as partial:
+        with atomic_path(folder.path / part / file) as partial:
             save_file({"logps": values}, partial)
         yield len(samples)
 

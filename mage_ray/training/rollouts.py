@@ -85,10 +85,8 @@ def sample_pool(
     place.mkdir(parents=True, exist_ok=True)
     prompts, _ = study_prompts(study)
     size = study.rollouts.prompts_per_shard
-    shards = [
-        (place / f"shard-{i:05d}.parquet", prompts[i * size : (i + 1) * size]) for i in range(-(-len(prompts) // size))
-    ]
-    missing = [shard for shard in shards if not shard[0].exists()]
+    shards = [(f"shard-{i:05d}.parquet", prompts[i * size : (i + 1) * size]) for i in range(-(-len(prompts) // size))]
+    missing = [shard for shard in shards if not (place / shard[0]).exists()]
     total = len(prompts) * study.rollouts.samples_per_prompt
     left = sum(len(p) for _, p in missing) * study.rollouts.samples_per_prompt
     for name, scorer in load_objectives(study, folder).items():
@@ -96,7 +94,7 @@ def sample_pool(
     run_shards(
         _sample_shards,
         missing,
-        (study, folder.path, adapter, round),
+        (study, folder, folder.name_of(place), None if adapter is None else folder.name_of(adapter), round),
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
         on_progress=counted(progress, total - left, total),
@@ -178,9 +176,17 @@ def _read_shards(place: Path, study: Study) -> pd.DataFrame:
 
 
 def _sample_shards(
-    study: Study, folder: Path, adapter: Path | None, round: int, shards: Sequence[tuple[Path, Sequence[Prompt]]]
+    study: Study,
+    folder: StudyFolder,
+    part: str,
+    adapter: str | None,
+    round: int,
+    shards: Sequence[tuple[str, Sequence[Prompt]]],
 ) -> Iterator[int]:
-    """In a worker: sample and score shards one after the other; yield the number of completions as they end."""
+    """In a worker: sample and score shards one after the other, into this part of the folder.
+
+    Yields the number of completions as they end.
+    """
     import pandas as pd
 
     from mage_ray.chat import Chat
@@ -196,13 +202,14 @@ def _sample_shards(
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     model = load_model(study.model, study.dtype, device)
     chat = Chat(load_tokenizer(study.model), model, study.system)
-    bank = AdapterBank([] if adapter is None else [load_adapter(adapter)])
+    bank = AdapterBank([] if adapter is None else [load_adapter(folder.path / adapter)])
     plan = Plan.of([((1.0,) * len(bank), 1.0)])
-    scorers = load_objectives(study, StudyFolder(folder))
+    scorers = load_objectives(study, folder)
     encoded = {prompt.id: chat.encode(prompt.text) for _, prompts in shards for prompt in prompts}
     length = max(map(len, encoded.values())) + spec.max_new_tokens
     engine = Engine(RowRunner(model, bank, spec.batch_rows, length), chat.stop, chat.decode)
-    for path, prompts in shards:
+    for file, prompts in shards:
+        path = folder.path / part / file
         if path.exists():
             continue
         cells = [(prompt, sample) for prompt in prompts for sample in range(spec.samples_per_prompt)]

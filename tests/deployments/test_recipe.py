@@ -412,7 +412,7 @@ def test_the_front_is_of_the_studys_own_constants(study: StudyFolder, tmp_path: 
     assert service.front()["note"] == "this study was not evaluated"
     folder.evaluation.mkdir()
     for cell in study_cells(folder.study, folder):
-        pd.DataFrame({"reward/positive": [0.25, 0.75], "reward/short": [1.0, 2.0]}).to_parquet(cell.path)
+        pd.DataFrame({"reward/positive": [0.25, 0.75], "reward/short": [1.0, 2.0]}).to_parquet(cell.path(folder))
     front = service.front()
     assert set(front["methods"]) == set(folder.study.evaluation.methods)
     assert front["methods"]["mage-i-e"][0]["rewards"] == {"positive": 0.5, "short": 1.5}

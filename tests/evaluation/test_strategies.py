@@ -58,8 +58,8 @@ def changed(study: Study, **fields: Any) -> Study:
 
 def run(study: Study, folder: StudyFolder, method: str) -> tuple[list[Cell], list[pd.DataFrame]]:
     cells = method_cells(study, folder, {method: method})
-    list(CellRunner(study, folder.path, cells[0].sets).run(cells))
-    return cells, [pd.read_parquet(cell.path) for cell in cells]
+    list(CellRunner(study, folder, cells[0].sets).run(cells))
+    return cells, [pd.read_parquet(cell.path(folder)) for cell in cells]
 
 
 def seeds(study: Study) -> list[int]:
@@ -169,7 +169,7 @@ def test_prompting_tells_the_reference_the_weights_and_is_measured_against_it_un
 
     study = changed(folder.study, system="Be nice.")
     cells, frames = run(study, folder, "prompting")
-    assert cells[0].sets == () and len({cell.path for cell in cells}) == 3
+    assert cells[0].sets == () and len({cell.file for cell in cells}) == 3
     bare, drawn = Generator(study, {}, rows=24, length=400), samples(study, cells, frames)
     requests, untold = [], []
     for row, mu, seed in drawn:
@@ -194,7 +194,7 @@ def test_a_preference_in_words_and_numbers() -> None:
 
 
 def names(study: Study, folder: StudyFolder, method: str) -> set[str]:
-    return {cell.path.name for cell in method_cells(study, folder, {method: method})}
+    return {Path(cell.file).name for cell in method_cells(study, folder, {method: method})}
 
 
 def test_cells_of_other_constants_are_other_cells(folder: StudyFolder, tiny_model_folder: Path, tmp_path: Path) -> None:
