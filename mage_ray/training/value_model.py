@@ -23,12 +23,18 @@ class TrainedHead(nn.Module):
             self.up = nn.Parameter(torch.zeros(size, rank))
 
     def forward(self, hidden_BTE: torch.Tensor, next_BTE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``V`` of each position, [B, T], and what ``Q`` of the token at the next one is more than it, [B, T - 1]."""
-        value_BT = hidden_BTE @ self.weight + self.bias
-        if not hasattr(self, "down"):
-            return value_BT, None
-        more_BTE = (hidden_BTE[:, :-1] @ self.down.t()) @ self.up.t()
-        return value_BT, (more_BTE * next_BTE[:, 1:]).sum(-1)
+        """``V`` of each position, [B, T], and what ``Q`` of the token at the next one is more than it, [B, T - 1].
+
+        In float32, whatever the backbone computes in: rewards of answers that differ little lie close together.
+        """
+        with torch.autocast(hidden_BTE.device.type, enabled=False):
+            hidden_BTE = hidden_BTE.float()
+            # DeepSpeed holds all weights in the type that it computes in.
+            value_BT = hidden_BTE @ self.weight.float() + self.bias.float()
+            if not hasattr(self, "down"):
+                return value_BT, None
+            more_BTE = (hidden_BTE[:, :-1] @ self.down.float().t()) @ self.up.float().t()
+            return value_BT, (more_BTE * next_BTE[:, 1:].float()).sum(-1)
 
 
 class ValueModel(nn.Module):
@@ -69,8 +75,8 @@ class ValueModel(nn.Module):
         whole = self.backbone.get_base_model()
         position_BT = (attention_mask.cumsum(-1) - 1).clamp_min(0)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_BT}
-        hidden_BTE = whole.base_model(**inputs, use_cache=False).last_hidden_state.float()
-        value_BT, more_BT = self.head(hidden_BTE, whole.get_input_embeddings()(input_ids).float())
+        hidden_BTE = whole.base_model(**inputs, use_cache=False).last_hidden_state
+        value_BT, more_BT = self.head(hidden_BTE, whole.get_input_embeddings()(input_ids))
         answer_BT = answer.bool()
         # A token's state is the one after it, so the prompt's last token stands for the empty answer.
         state_BT = answer_BT | answer_BT.roll(-1, 1)

@@ -47,6 +47,17 @@ def test_two_workers_arrive_where_one_does(
     assert load_state(folder).workers == 2
 
 
+def test_in_bfloat16_a_value_model_learns_the_same(
+    ray_here: Path, tiny_model_folder: Path, tmp_path: Path, alone: dict[str, np.ndarray]
+) -> None:
+    study = valued_study(tiny_model_folder, {"precision": "bfloat16"}, **SHORT)
+    got = weights_of(fit(value_run(study, make_pool(), tmp_path)))
+    assert got.keys() == alone.keys()
+    off = {name: float(np.linalg.norm(got[name] - alone[name]) / np.linalg.norm(alone[name])) for name in got}
+    # Adam makes a step of one size of any gradient, rounding alone included.
+    assert max(off.values()) < 0.3, off
+
+
 def test_killed_driver_goes_on_when_started_again_and_leaves_finished_value_models_alone(
     ray_here: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
