@@ -147,7 +147,8 @@ def build(arguments: dict[str, Any]) -> Application:
         user_config={"revision": revision},
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=bundles,
-        placement_group_strategy="PACK",
+        placement_group_strategy="STRICT_SPREAD" if options.guides_apart else "PACK",
+        placement_group_bundle_label_selector=options.selectors,
         # More than may run and wait: those beyond are answered 429 by the replica itself.
         max_ongoing_requests=options.rows + options.queue + 64,
         graceful_shutdown_timeout_s=options.drain_seconds,

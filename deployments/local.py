@@ -120,8 +120,8 @@ def study_recipe(study: Path | str) -> str | None:
     """The path of the recipe that is in a study's folder now, if one is."""
     from mage_ray.folder import StudyFolder
 
-    path = StudyFolder(study).recipe
-    return str(path) if path.exists() else None
+    folder = StudyFolder.open(study)
+    return folder.shown(folder.recipe) if folder.recipe.exists() else None
 
 
 def _recipe_line(server: Running) -> str:
@@ -132,7 +132,7 @@ def _recipe_line(server: Running) -> str:
 def _greeting(url: str, study: str) -> str:
     from mage_ray.folder import StudyFolder
 
-    spec = StudyFolder(study).study
+    spec = StudyFolder.open(study).study
     names = spec.objective_names
     body = {
         "model": spec.name,

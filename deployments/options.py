@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from mage_ray.errors import FieldError, UserError
 from mage_ray.fields import Part, one_line
+from mage_ray.folder import StudyFolder
+from mage_ray.storage.downloads import local_path
+from mage_ray.storage.store import is_url
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -19,7 +21,7 @@ class Options(Part):
     """The arguments of ``build``. Numbers may be given as text, as a command line does."""
 
     study: str
-    """A trained study's folder, on a path that every node can read."""
+    """A trained study's folder: a path that every node can read, or a storage's URL."""
     guide_study: str | None = None
     """A study of the same objectives whose model guides, where that is another one of the same tokenizer."""
     recipe: str | None = None
@@ -59,6 +61,11 @@ class Options(Part):
     """Of a request, at most."""
     patience: Annotated[float, Field(gt=0)] = 20
     """Seconds after which a worker that doesn't answer is taken for dead, and replaced."""
+    guides_apart: bool = False
+    """Guides on other nodes than the base, each on one of its own; else on the same one where they fit."""
+    accelerator: str | None = None
+    """The type of GPU of the base's node, by Ray's name for it (H100, say); ``guide_accelerator`` of the guides'."""
+    guide_accelerator: str | None = None
     replicas: Positive = 1
     max_replicas: Positive | None = None
     """With it the number of replicas follows the load, from ``replicas`` up to this."""
@@ -71,6 +78,8 @@ class Options(Part):
             raise FieldError("topology", "fused", "split or auto, since guide_study names another model")
         if self.split and self.gpus == 0 < self.guide_gpus:
             raise FieldError("gpus", 0, "more than 0 where the guides have GPUs")
+        if self.guides_apart and not self.split:
+            raise FieldError("guides_apart", True, "a split topology, in which guides have workers of their own")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise FieldError("max_replicas", self.max_replicas, f"replicas ({self.replicas}) or more")
         if self.default_max_tokens > self.max_tokens:
@@ -93,6 +102,12 @@ class Options(Part):
         """Of a worker's keys and values, in bytes."""
         return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
+    @property
+    def selectors(self) -> list[dict[str, str]]:
+        """What the nodes of its bundles must have, bundle by bundle."""
+        types = [self.accelerator, *[self.guide_accelerator] * (self.workers - 1)]
+        return [{} if name is None else {"ray.io/accelerator-type": name} for name in types]
+
     def bundles(self, node_cpus: int) -> list[dict[str, float]]:
         """What a replica's gang takes, worker by worker; the replica itself rides in the first."""
         guides = self.workers - 1
@@ -110,11 +125,11 @@ def parse_options(arguments: Mapping[str, Any]) -> Options:
         raise one_line(error, Options) from None
     for field in ("study", "guide_study"):
         folder = getattr(options, field)
-        if folder is not None and not (Path(folder) / "study.yaml").is_file():
+        if folder is not None and not StudyFolder.open(folder).study_file.is_file():
             raise UserError(f"{field}: got {folder}, allowed: the folder of a trained study, with its study.yaml")
-    if options.recipe is not None and not Path(options.recipe).is_file():
+    if options.recipe is not None and not local_path(options.recipe).is_file():
         raise FieldError("recipe", options.recipe, "a recipe's file, as mage-ray search writes it")
     # Replicas have other working folders.
     paths = {field: getattr(options, field) for field in ("study", "guide_study", "recipe")}
-    absolute = {field: os.path.abspath(path) for field, path in paths.items() if path is not None}
+    absolute = {f: p if is_url(p) else os.path.abspath(p) for f, p in paths.items() if p is not None}
     return options.model_copy(update=absolute)

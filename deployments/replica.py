@@ -97,7 +97,7 @@ class Replica:
         LOGGER.info(
             "serving",
             extra={
-                "study": str(service.folder.path),
+                "study": service.folder.place,
                 "recipe": service.provenance(),
                 "revision": revision,
                 "topology": service.topology,

@@ -49,7 +49,7 @@ class Service:
 
     def __init__(self, options: Options, study: str, recipe: str | None = None) -> None:
         self.options = options
-        self.folder = StudyFolder(study)
+        self.folder = StudyFolder.open(study)
         self.recipe = None if recipe is None else load_recipe(recipe)
         self.study = self.folder.study if self.recipe is None else self.recipe.applied(self.folder.study)
         self.objectives = self.study.objective_names
@@ -119,14 +119,14 @@ class Service:
         guides = self._guides or self
         services = [self, *[guides] * (len(cpus) - 1)]
         return [
-            Part(str(s.folder.path), s._digests, options.rows, options.length, options.memory, threads)
+            Part(s.folder.place, s._digests, options.rows, options.length, options.memory, threads)
             for s, threads in zip(services, cpus, strict=True)
         ]
 
     def content(self) -> Any:
         """What its workers hold: equal for services that can share them."""
         guides = None if self._guides is None else self._guides.content()
-        return str(self.folder.path), self.study.model, self.study.dtype, self._sets, self._digests, guides
+        return self.folder.place, self.study.model, self.study.dtype, self._sets, self._digests, guides
 
     def plan(self, setting: Setting) -> Plan:
         """The plan of a setting, its rows placed in the gang. Raises FieldError."""

@@ -141,14 +141,14 @@ class RowWorker:
         from mage_ray.generator import load_experts, load_rows, set_digests
 
         torch.set_num_threads(part.threads)
-        folder = StudyFolder(part.study)
+        folder = StudyFolder.open(part.study)
         study = folder.study
         device = "cuda" if torch.cuda.is_available() else "cpu"
         experts = load_experts(folder, study, list(part.sets))
         for name, digests in part.sets.items():
             if set_digests(folder, study, name) != digests:
                 allowed = "those that its gang began with; a reload serves the new ones"
-                raise UserError(f"{folder.path}: got other experts {name}, allowed: {allowed}")
+                raise UserError(f"{folder.place}: got other experts {name}, allowed: {allowed}")
         self._runner, self._chat = load_rows(study, experts, part.rows, part.length, memory=part.memory, device=device)
 
     def _facts(self) -> WorkerFacts:

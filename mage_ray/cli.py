@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mage_ray.analysis import ANALYSES
+from mage_ray.cluster import end_as_interrupted
 from mage_ray.errors import FieldError, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0, 2 for a mistake in the input or a full disk, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     try:
+        end_as_interrupted()  # what `ray job stop` and orchestrators send
         options.run(options)
     except UserError as error:
         print(f"mage-ray: {error}", file=sys.stderr)
@@ -174,7 +176,7 @@ def _generate(options: argparse.Namespace) -> None:
     from mage_ray.search.recipe import load_recipe, own_recipe
 
     # All that can be checked without loading a model is.
-    study = StudyFolder(options.study).study
+    study = StudyFolder.open(options.study).study
     preference = parse_preference(options.preference, study.objective_names)
     recipe = own_recipe(study, "mage-i-m") if options.recipe is None else load_recipe(options.recipe)
     recipe.applied(study)

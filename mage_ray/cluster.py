@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from mage_ray.errors import UserError
+from mage_ray.errors import FieldError, UserError
+
+if TYPE_CHECKING:
+    from mage_ray.folder import StudyFolder
 
 Progress = Callable[[int, int], None]
 """Told how many items are done, and of how many."""
@@ -18,6 +24,8 @@ Progress = Callable[[int, int], None]
 
 _log = logging.getLogger("mage_ray")
 
+_PUBLISHED_EVERY = 2.0
+"""Seconds."""
 _STARTS = 2
 """How often a cluster of our own is started: Ray gives its processes half a minute, which a busy machine may not."""
 
@@ -47,6 +55,7 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     for left in reversed(range(_STARTS if ours else 1)):
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **local)
+            end_as_interrupted()  # Ray has set a handler of its own
             break
         except Exception as error:
             ray.shutdown()
@@ -59,19 +68,32 @@ def connected(cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def end_as_interrupted() -> None:
+    """Have SIGTERM do what Ctrl-C does: what is under way is kept. In other threads than the main one, nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def run_shards(
     work: Callable[..., Iterator[int]],
     shards: Sequence[Any],
     common: Sequence[Any],
     *,
+    folder: StudyFolder,
+    reads: Sequence[Path] = (),
+    writes: Path,
     workers: int,
     gpus_per_worker: float,
+    labels: Mapping[str, str],
     on_progress: Callable[[int], None],
 ) -> None:
     """Deal ``shards`` to ``workers`` Ray tasks ``work(*common, [its shards])`` that share the cluster's CPUs.
 
-    ``work`` yields how many items it has finished since it last did; ``on_progress`` is told. A task whose worker died
-    is started again, so ``work`` must skip what is already done. Raises the UserError that a task raised, or UserError
+    They run on nodes that have the ``labels``.
+
+    ``work`` yields how many items it has finished since it last did; ``on_progress`` is told. Of ``folder`` it finds
+    what it ``reads`` on its node, and what it ``writes`` in the end is here. A task whose worker died is started again,
+    so ``work`` must skip what is already done. Raises the UserError that a task raised, or UserError
     when a task died for good.
     """
     import ray
@@ -79,19 +101,45 @@ def run_shards(
     if not shards:
         return
     workers = min(workers, len(shards))
-    # A task lies on one node: more CPUs than the largest has would wait for ever.
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    cpus = max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
-    task: Any = ray.remote(_with_threads).options(
-        num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=3, num_returns="streaming"
+    cpus = equal_cpus(workers, labels)
+    task: Any = ray.remote(_on_node).options(
+        num_cpus=cpus,
+        num_gpus=gpus_per_worker,
+        label_selector=dict(labels),
+        max_retries=3,
+        num_returns="streaming",
     )
     dealt = [list(shards[i::workers]) for i in range(workers)]
-    streams: list[Any] = [task.remote(work, cpus, *common, share) for share in dealt]
+    folder.publish(*reads)
+    needs = [folder.name_of(place) for place in reads]
+    streams: list[Any] = [
+        task.remote(work, cpus, folder, needs, folder.name_of(writes), *common, share) for share in dealt
+    ]
     try:
         follow(streams, on_progress)
+        folder.fetch(writes)
     finally:
         for stream in streams:
             ray.cancel(stream, force=True)
+
+
+def nodes_with(labels: Mapping[str, str]) -> list[dict[str, float]]:
+    """The resources of each node of the cluster that has these labels. Raises UserError where none has."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    found = [node["Resources"] for node in alive if labels.items() <= node["Labels"].items()]
+    if not found:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise FieldError("cluster", wanted, f"what a node of the cluster has, of {len(alive)}")
+    return found
+
+
+def equal_cpus(workers: int, labels: Mapping[str, str]) -> int:
+    """CPUs for each of so many workers, each on one node that has the labels: an equal part."""
+    own = [node.get("CPU", 0) for node in nodes_with(labels)]
+    # More than the largest has would wait for ever.
+    return max(1, int(min(max(own), sum(own) // workers)))
 
 
 def follow(streams: list[Any], on_progress: Callable[[int], None]) -> None:
@@ -130,8 +178,17 @@ def counted(progress: Progress | None, done: int, total: int) -> Callable[[int],
     return advance
 
 
-def _with_threads(work: Callable[..., Iterator[int]], cpus: int, *arguments: Any) -> Iterator[int]:
+def _on_node(
+    work: Callable[..., Iterator[int]], cpus: int, folder: StudyFolder, reads: Sequence[str], writes: str, *given: Any
+) -> Iterator[int]:
     import torch
 
     torch.set_num_threads(cpus)
-    yield from work(*arguments)
+    folder.fetch(*(folder.at(name) for name in (*reads, writes)))
+    published = time.monotonic()
+    for count in work(*given):
+        yield count
+        if time.monotonic() > published + _PUBLISHED_EVERY:
+            folder.publish(folder.at(writes))
+            published = time.monotonic()
+    folder.publish(folder.at(writes))

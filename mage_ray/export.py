@@ -36,7 +36,7 @@ def export_study(
     Without a method it is the recipe's, or ``bone-soup`` where that one is guided. Raises FieldError or UserError.
     """
     check_free(out)
-    folder = StudyFolder(study)
+    folder = StudyFolder.open(study)
     chosen = None if recipe is None else load_recipe(recipe)
     spec = folder.study if chosen is None else chosen.applied(folder.study)
     experts = load_experts(folder, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class Generator:
         Raises UserError, one line: files missing or corrupt, experts of another model or tokenizer, or a recipe of
         another study.
         """
-        place = StudyFolder(folder)
+        place = StudyFolder.open(folder)
         study = place.study
         if recipe is None:
             return cls(study, load_experts(place, study), rows=rows, length=length, device=device)
@@ -250,6 +250,11 @@ def set_places(folder: StudyFolder, study: Study, name: str) -> list[Path]:
     """Where the experts of a set lie, in the order of ``Study.members``."""
     place = folder.value if name in study.values else folder.baseline if name in study.baselines else folder.expert
     return [place(name, member) for member in study.members(name)]
+
+
+def sets_places(folder: StudyFolder, study: Study, sets: Iterable[str]) -> list[Path]:
+    """The same of several sets, one after the other."""
+    return [place for name in sets for place in set_places(folder, study, name)]
 
 
 def set_digests(folder: StudyFolder, study: Study, name: str) -> list[list[str]]:

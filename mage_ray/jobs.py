@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
+from mage_ray.storage.store import is_url
 from mage_ray.study import Study, load_study
 
 if TYPE_CHECKING:
@@ -32,36 +34,56 @@ def open_study(
 ) -> tuple[Study, StudyFolder]:
     """The study in a YAML file, and its folder (``runs/<name>`` unless given), or an existing study folder.
 
+    Folders may be at URLs; all that jobs before this one have left there, but for checkpoints, is then on this node.
+
     With a ``seed`` a file's study has this one in place of its own, and ``-<seed>`` in its name. Raises UserError when
     neither is there, or when the folder was made for another study.
     """
-    path = Path(study)
-    if path.is_dir():
+    if is_url(study) or Path(study).is_dir():
         if seed is not None:
             raise UserError(f"--seed: got {seed}, allowed: nothing, since --study is a study folder already")
         if folder is not None:
             raise UserError(f"--folder: got {folder}, allowed: nothing, since --study is a study folder already")
-        place = StudyFolder(path)
+        place = StudyFolder(study)
+        place.fetch(*place.results)
         return place.study, place
-    spec = load_study(path)
+    spec = load_study(study)
     if seed is not None:
         if seed < 0:
             raise FieldError("--seed", seed, "a whole number, 0 or more")
         spec = spec.model_copy(update={"seed": seed, "name": f"{spec.name}-{seed}"})
     place = StudyFolder.create(folder or Path("runs") / spec.name, spec)
+    place.fetch(*place.results)
     return place.study, place
+
+
+@contextmanager
+def _kept(folder: StudyFolder) -> Iterator[None]:
+    """After it, whatever it ends with, the folder's storage has what was made in it."""
+    try:
+        yield
+    finally:
+        folder.publish(*folder.results)
+
+
+@contextmanager
+def _working_on(folder: StudyFolder) -> Iterator[None]:
+    """The same, and Ray is there."""
+    from mage_ray.cluster import connected
+
+    with connected(), _kept(folder):
+        yield
 
 
 def train(study: Study, folder: StudyFolder, console: Console) -> None:
     """Sample the rollout pool and train the experts, of sets with several betas those of the best one."""
-    from mage_ray.cluster import connected
     from mage_ray.progress import shown
     from mage_ray.search.beta import choose_betas
     from mage_ray.training.experts import check_training, train_experts
     from mage_ray.training.rollouts import sample_pool
 
     check_training(study)
-    with connected():
+    with _working_on(folder):
         with shown(console, "rollouts") as progress:
             sample_pool(study, folder, progress=progress)
         train_experts(choose_betas(study, folder, console), folder, console)
@@ -73,13 +95,12 @@ def values(study: Study, folder: StudyFolder, console: Console) -> None:
 
     from rich.table import Table
 
-    from mage_ray.cluster import connected
     from mage_ray.progress import shown
     from mage_ray.training.rollouts import sample_pool
     from mage_ray.training.values import QUALITY, check_values, train_values
 
     check_values(study)
-    with connected():
+    with _working_on(folder):
         with shown(console, "rollouts") as progress:
             sample_pool(study, folder, progress=progress)
         train_values(study, folder, console)
@@ -106,13 +127,12 @@ def values(study: Study, folder: StudyFolder, console: Console) -> None:
 
 def baselines(study: Study, folder: StudyFolder, console: Console) -> None:
     """Train what the study's baselines need, on its pool, and print what is there."""
-    from mage_ray.cluster import connected
     from mage_ray.progress import shown
     from mage_ray.training.baselines import check_baselines, train_baselines
     from mage_ray.training.rollouts import sample_pool
 
     check_baselines(study)
-    with connected():
+    with _working_on(folder):
         with shown(console, "rollouts") as progress:
             sample_pool(study, folder, progress=progress)
         train_baselines(study, folder, console)
@@ -129,7 +149,8 @@ def rewards(study: Study, folder: StudyFolder, console: Console) -> None:
     from mage_ray.training.rewards import train_rewards
     from mage_ray.training.values import QUALITY
 
-    train_rewards(study, folder, console)
+    with _kept(folder):
+        train_rewards(study, folder, console)
     title = "Reward models on prompts held out (before, after calibration)"
     table = Table(title=title, title_justify="left")
     table.add_column("reward model")
@@ -153,7 +174,6 @@ def rewards(study: Study, folder: StudyFolder, console: Console) -> None:
 
 def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path | str | None = None) -> Summary:
     """Generate and score the evaluation's grid, a recipe beside the methods; write the report, print the table."""
-    from mage_ray.cluster import connected
     from mage_ray.evaluation.evaluate import evaluate_study
     from mage_ray.evaluation.report import print_table, write_report
     from mage_ray.evaluation.summary import summarise
@@ -162,7 +182,7 @@ def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path |
     from mage_ray.search.recipe import load_recipe
 
     start = time.monotonic()
-    with connected(), shown(console, "evaluation") as progress:
+    with _working_on(folder), shown(console, "evaluation") as progress:
         samples = evaluate_study(study, folder, progress, None if recipe is None else load_recipe(recipe))
     spec, names = study.evaluation, study.objective_names
     summary = summarise(samples, names, study.reference_point(), spec.resamples, study.seed, spec.confidence)
@@ -175,18 +195,18 @@ def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path |
         **_facts(study),
     }
     write_report(folder.report, title=study.name, summary=summary, samples=samples, facts=facts)
+    folder.publish(folder.report)
     print_table(summary, console)
-    console.print(f"report: {folder.report / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder.shown(folder.report / 'index.html')}", highlight=False, soft_wrap=True)
     return summary
 
 
 def search(study: Study, folder: StudyFolder, console: Console, *, resume: bool = False, fresh: bool = False) -> Recipe:
     """Search the study's constants, write the recipe of the best, and print what it gains on unseen prompts."""
-    from mage_ray.cluster import connected
     from mage_ray.search.run import search_study
 
     start = time.monotonic()
-    with connected():
+    with _working_on(folder):
         recipe = search_study(study, folder, console, resume, fresh, _facts(study))
     made = recipe.provenance
     assert made is not None
@@ -195,7 +215,7 @@ def search(study: Study, folder: StudyFolder, console: Console, *, resume: bool 
         own, ours = made.defaults[name].value, made.unseen[name].value
         between = f"{gain.value} [{gain.low}, {gain.high}]"
         console.print(f"{name} on unseen prompts: {ours}, defaults {own}, difference {between}", highlight=False)
-    console.print(f"recipe: {folder.recipe}", highlight=False, soft_wrap=True)
+    console.print(f"recipe: {folder.shown(folder.recipe)}", highlight=False, soft_wrap=True)
     return recipe
 
 
@@ -203,14 +223,13 @@ def compare(
     study: Study, folder: StudyFolder, console: Console, *, fresh: bool = False, against: Path | str | None = None
 ) -> None:
     """Train, tune and test every method of the study's comparison, print what it finds, and hold it against another."""
-    from mage_ray.cluster import connected
     from mage_ray.comparison.page import print_comparison
     from mage_ray.comparison.results import COMPARED, agreement, read_comparison
     from mage_ray.comparison.run import RESULT, compare_study
 
     other = None if against is None else read_comparison(Path(against), study)
     start = time.monotonic()
-    with connected():
+    with _working_on(folder):
         content = compare_study(study, folder, console, fresh, _facts(study))
     print_comparison(content, console)
     for measure in COMPARED if other is not None else ():
@@ -220,23 +239,22 @@ def compare(
         console.print(f"{measure}: {counts}; the other way round: {turned}", highlight=False, soft_wrap=True)
     console.print(f"comparison: {time.monotonic() - start:.0f} s in this run", highlight=False)
     for path in (folder.comparison / RESULT, folder.report / "comparison.html"):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {folder.shown(path)}", highlight=False, soft_wrap=True)
 
 
 def analyse(study: Study, folder: StudyFolder, names: Sequence[str], console: Console) -> None:
     """Run analyses of a trained study by their names, and write each into the report."""
     from mage_ray.analysis.run import section
     from mage_ray.analysis.sections import print_tables, write_section
-    from mage_ray.cluster import connected
 
-    with connected():
+    with _working_on(folder):
         for name in names:
             start = time.monotonic()
             made = section(name, study, folder, console)
             facts = {"analysis": f"{time.monotonic() - start:.0f} s in this run", **_facts(study)}
             write_section(study, folder, made, facts)
             print_tables(made.tables, console)
-    console.print(f"analyses: {folder.report / 'analyses.html'}", highlight=False, soft_wrap=True)
+    console.print(f"analyses: {folder.shown(folder.report / 'analyses.html')}", highlight=False, soft_wrap=True)
 
 
 def _facts(study: Study) -> dict[str, str]:
@@ -253,7 +271,7 @@ def _facts(study: Study) -> dict[str, str]:
 def demo(study: Study, folder: StudyFolder, console: Console) -> None:
     """The main job: train, evaluate, search, and show one prompt answered at three preferences."""
     start = time.monotonic()
-    console.print(f"study folder: {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"study folder: {folder.place}", highlight=False, soft_wrap=True)
     train(study, folder, console)
     study = folder.study
     evaluate(study, folder, console)
@@ -273,7 +291,7 @@ def show_axis(study: Study, folder: StudyFolder, console: Console, prompt: str =
     first, second = study.objective_names[:2]
     spec = study.evaluation
     sampling = Sampling(spec.max_new_tokens, SHOWN_TEMPERATURE, spec.top_p, study.seed)
-    generator = Generator.open(folder.path, recipe=folder.recipe)
+    generator = Generator.open(folder.place, recipe=folder.recipe)
     preferences = [{first: 1.0}, {first: 0.5, second: 0.5}, {second: 1.0}]
     requests = [generator.request(prompt, p, sampling=sampling) for p in preferences]
     console.print(Text(f"\n{prompt}", style="bold"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mage_ray.embedded import EMBEDDED, embedded_model_folder
 from mage_ray.errors import FieldError, UserError
 from mage_ray.quiet import quiet_transformers
+from mage_ray.storage.downloads import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +49,14 @@ _PROBE = "It's  2024:\n\n\tCafé naïve, 12345.67 — don't! 東京 🙂 <tag at
 
 
 def resolve_model(name: str) -> str:
-    """Where ``name`` leads: the embedded model's folder, an existing local folder, or a hub id ``org/name`` as it is.
+    """Where ``name`` leads: the embedded model's folder, a local one, a node's copy of a URL, or a hub id as it is.
 
-    A local folder must hold a decoder-only model that transformers knows, with safetensors weights; anything else
+    A folder must hold a decoder-only model that transformers knows, with safetensors weights; anything else
     raises ``FieldError("model", ...)``. A hub id is looked up only when it is loaded.
     """
     if name == EMBEDDED:
         return str(embedded_model_folder())
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if name and folder.is_dir():
         _check_folder(name, folder)
         return str(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mage_ray.errors import FieldError
+from mage_ray.storage.downloads import local_path
 
 JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
@@ -20,13 +21,13 @@ def read_records(
 ) -> Iterator[tuple[str, Any]]:
     """Each record of ``source`` and where it is: ``<file>, line <n>`` or ``<dataset>, row <n>``.
 
-    ``source`` is a file whose name ends in one of ``kinds``, or the id of a hub dataset, of which ``split`` is read. A
-    record of a CSV file is a mapping from its header's names to texts; any other is what it is. Raises FieldError
-    ``field`` (``also``: what else it might have been), or the place of a record that can't be read; errors never quote
-    one.
+    ``source`` is a file, or its URL, whose name ends in one of ``kinds``, or the id of a hub dataset, of which
+    ``split`` is read. A record of a CSV file is a mapping from its header's names to texts; any other is what it is.
+    Raises FieldError ``field`` (``also``: what else it might have been), or the place of a record that can't be read;
+    errors never quote one.
     """
-    path = Path(source).expanduser()
     if source.endswith(kinds):
+        path = local_path(source)
         lines = _read_lines(path, field)
         return parse_jsonl(lines, path.name) if source.endswith(JSONL) else _parse_csv(lines, path.name)
     allowed = f"{also}a file that ends in {' or '.join(kinds)}, or a hub dataset such as Anthropic/hh-rlhf"

@@ -324,6 +324,21 @@ class EvaluationSpec(SamplingSpec):
         return methods
 
 
+class ClusterSpec(Part):
+    """Which of a cluster's nodes do a study's work: those that have all of these."""
+
+    accelerator: str | None = None
+    """A type of GPU by Ray's name for it: H100, A100-40G …"""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """What their nodes were started with (``ray start --labels``)."""
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The same as Ray's label selector."""
+        own = {} if self.accelerator is None else {"ray.io/accelerator-type": self.accelerator}
+        return own | self.labels
+
+
 class AnalysisSpec(Part):
     """What ``mage-ray analyse`` sweeps. Seeds and lengths are those of ``evaluation``."""
 

@@ -20,6 +20,7 @@ from mage_ray.search.spec import SearchSpec
 from mage_ray.specs import (
     AnalysisSpec,
     BaselineSpec,
+    ClusterSpec,
     EvaluationSpec,
     GuidanceSpec,
     Name,
@@ -63,6 +64,7 @@ class Study(Part):
     analysis: AnalysisSpec = AnalysisSpec()
     search: SearchSpec = SearchSpec()
     compare: CompareSpec = CompareSpec()
+    cluster: ClusterSpec = ClusterSpec()
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,12 @@ class S3:
 
     def requests(self, method: str, ending: str) -> int:
         """How many requests of a method it has had for paths of that ending."""
+        return sum(self.clients(method, ending).values())
+
+    def clients(self, method: str, ending: str) -> Counter[str]:
+        """By address, who has made how many of those requests."""
         lines = self.log.read_text(errors="replace").splitlines()
-        return sum(f'"{method} ' in line and f"{ending} HTTP" in line for line in lines)
+        return Counter(line.split()[0] for line in lines if f'"{method} ' in line and f"{ending} HTTP" in line)
 
 
 @contextmanager

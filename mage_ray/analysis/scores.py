@@ -19,7 +19,7 @@ from mage_ray.decoding.plan import Row
 from mage_ray.errors import UserError
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
-from mage_ray.generator import Generator, load_experts, set_digests
+from mage_ray.generator import Generator, load_experts, set_digests, sets_places
 from mage_ray.study import Study
 from mage_ray.training.rollouts import load_pool
 from mage_ray.training.values import split
@@ -77,8 +77,12 @@ def score_rows(
         _score_shards,
         missing,
         (study, folder, tuple(sets), answers),
+        folder=folder,
+        reads=sets_places(folder, study, sets),
+        writes=place,
         workers=study.evaluation.workers,
         gpus_per_worker=study.training.gpus_per_worker,
+        labels=study.cluster.selector,
         on_progress=counted(progress, distinct - len(missing), distinct),
     )
     return [_read(place / file) for file in files]

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from mage_ray.decoding.methods import compact
 from mage_ray.evaluation.cells import Cell, cell_request
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
-from mage_ray.generator import bank_setup, set_places
+from mage_ray.generator import bank_setup, sets_places
 from mage_ray.merging.adapter import ORIGIN_FILE, read_json
 from mage_ray.progress import shown
 from mage_ray.study import Study
@@ -47,7 +47,7 @@ class Trained:
 def trained_for(variant: Variant, cells: Sequence[Cell]) -> Trained:
     """What was trained for a method, by its cells at all preferences; what several sets share counts for each."""
     names, _ = compact([cell.plan for cell in cells], bank_setup(variant.study, cells[0].sets))
-    places = [place for name in names for place in set_places(variant.folder, variant.study, name)]
+    places = sets_places(variant.folder, variant.study, names)
     records = [read_json(place / ORIGIN_FILE, place.name) for place in places]
     known = [record["answer_tokens"] for record in records if record.get("answer_tokens") is not None]
     return Trained(
@@ -82,20 +82,31 @@ def time_cells(
         spec.timed_prompts,
         machine,
     )
-    file = f"timing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
-    if not (folder.comparison / file).exists():
+    file = f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+    place = timings(folder)
+    if not (place / file).exists():
+        sets = dict.fromkeys(name for cell in cells.values() for name in cell.sets)
         with shown(console, "timing") as progress:
             total = (spec.rounds + 1) * len(cells)
             run_shards(
                 _timed,
                 [dict(cells)],
                 (study, folder, file),
+                folder=folder,
+                reads=sets_places(folder, study, sets),
+                writes=place,
                 workers=1,
                 gpus_per_worker=study.training.gpus_per_worker,
+                labels=study.cluster.selector,
                 on_progress=counted(progress, 0, total),
             )
-    found: dict[str, dict[str, float]] = json.loads((folder.comparison / file).read_text())
+    found: dict[str, dict[str, float]] = json.loads((place / file).read_text())
     return found
+
+
+def timings(folder: StudyFolder) -> Path:
+    """Where they are kept."""
+    return folder.comparison / "timing"
 
 
 def _timed(study: Study, folder: StudyFolder, file: str, shards: Sequence[Mapping[str, Cell]]) -> Iterator[int]:
@@ -132,4 +143,4 @@ def _timed(study: Study, folder: StudyFolder, file: str, shards: Sequence[Mappin
                 sizes[label] = positions * generator.runner.memory.per_position
                 yield 1
     content = {label: {"best": max(own), "median": median(own), "bytes": sizes[label]} for label, own in rates.items()}
-    write_atomic(folder.comparison / file, json.dumps(content, indent=1) + "\n")
+    write_atomic(timings(folder) / file, json.dumps(content, indent=1) + "\n")

@@ -53,6 +53,7 @@ def win_rates(study: Study, folder: StudyFolder, samples: pd.DataFrame, console:
         digest = hashlib.sha256(json.dumps([judge.model_dump(), part.to_numpy().tolist()]).encode()).hexdigest()
         shards.append((f"{digest[:12]}.parquet", part))
     place = judgements(folder)
+    folder.fetch(place)
     missing = [shard for shard in shards if not (place / shard[0]).exists()]
     left = sum(len(part) for _, part in missing)
     with shown(console, "judge") as progress:
@@ -60,8 +61,11 @@ def win_rates(study: Study, folder: StudyFolder, samples: pd.DataFrame, console:
             _judge_shards,
             missing,
             (judge, folder, study.training.gpus_per_worker > 0),
+            folder=folder,
+            writes=place,
             workers=study.evaluation.workers,
             gpus_per_worker=study.training.gpus_per_worker,
+            labels=study.cluster.selector,
             on_progress=counted(progress, len(triples) - left, len(triples)),
         )
     wins = [pd.read_parquet(place / file)["wins"].to_numpy() for file, _ in shards]

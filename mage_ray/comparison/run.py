@@ -47,8 +47,7 @@ def compare_study(
     check_comparison(study, folder)
     if fresh:
         # Samples are found again by their content.
-        for name in (TESTED, FACTS, RESULT):
-            (folder.comparison / name).unlink(missing_ok=True)
+        folder.remove(*(folder.comparison / name for name in (TESTED, FACTS, RESULT)))
     study = train_all(study, folder, console)
     variants = study_variants(study, folder)
     for variant in variants:
@@ -128,6 +127,7 @@ def _claim_test(
     if not path.exists():
         write_atomic(folder.comparison / FACTS, json.dumps(dict(facts), indent=1) + "\n")
         write_atomic(path, text)
+        folder.publish(folder.comparison / FACTS, path)
     elif path.read_text() != text:
         theirs = json.loads(path.read_text())
         differs = next((name for name in ours if theirs.get(name) != json.loads(json.dumps(ours[name]))), "something")

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class Cell:
     """One method at one preference: its prompts, each with every seed of the study's evaluation, kept in one file.
 
-    ``plan`` is over a bank of ``sets``. ``file`` is its name in the study's folder, which ends in a digest of all that
-    its numbers depend on, so a cell is never taken for one of other settings.
+    ``plan`` is over a bank of ``sets``. ``file`` is its name on every node (``StudyFolder.name_of``), and ends in a
+    digest of all that its numbers depend on, so a cell is never taken for one of other settings.
     """
 
     method: str
@@ -53,8 +53,8 @@ class Cell:
     way: Way = Way()  # noqa: RUF009 (frozen)
 
     def path(self, folder: StudyFolder) -> Path:
-        """Where it lies in its study's folder."""
-        return folder.path / self.file
+        """Where it lies on this node."""
+        return folder.at(self.file)
 
 
 def make_cells(

@@ -13,7 +13,7 @@ from mage_ray.decoding.methods import BASELINES, Setup
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
 from mage_ray.evaluation.strategies import way_to
 from mage_ray.folder import StudyFolder
-from mage_ray.generator import bank_setup, needed_sets
+from mage_ray.generator import bank_setup, needed_sets, sets_places
 from mage_ray.preference import Preference
 from mage_ray.prompts import Prompt
 from mage_ray.search.recipe import Recipe
@@ -111,12 +111,17 @@ def evaluate_cells(
     draws = len(study.evaluation.seeds)
     total = sum(len(cell.prompts) for cell in cells) * draws
     left = sum(len(cell.prompts) for cell in missing) * draws
+    sets = dict.fromkeys(name for cell in missing for name in cell.sets)
     run_shards(
         _evaluate_shards,
         shards_of(missing, study.evaluation.workers),
         (study, folder),
+        folder=folder,
+        reads=[folder.rewards, folder.normalisation, *sets_places(folder, study, sets)],
+        writes=folder.at(cells[0].file).parent,
         workers=study.evaluation.workers,
         gpus_per_worker=study.training.gpus_per_worker,
+        labels=study.cluster.selector,
         on_progress=counted(progress, total - left, total),
     )
     return pd.concat(read_cells(folder, cells), ignore_index=True)

@@ -53,6 +53,7 @@ def _try(study: Study, folder: StudyFolder, name: str, beta: float, steps: int, 
     training = study.training.model_copy(update={"backbones": alone})
     early = study.model_copy(update={"training": training, "guidance": guidance, "values": {}})
     place = folder.within(folder.checkpoints / "early" / f"{name}-{beta:g}", "rollouts", "rewards")
+    folder.fetch(place.path)
     train_early(early, folder, place, steps, console)
     setup = bank_setup(early, [name])
     grid = early.search_grid()
@@ -70,3 +71,4 @@ def _keep(folder: StudyFolder, name: str, beta: float, steps: int, tried: Mappin
     candidates = {f"{one:g}": asdict(found) for one, found in tried.items()}
     choice = {"beta": beta, "steps": steps, "hypervolume": candidates}
     write_atomic(folder.chosen, json.dumps(folder.choices() | {name: choice}, indent=1) + "\n")
+    folder.publish(folder.chosen)

@@ -10,11 +10,12 @@ from typing import Any
 
 import ray
 
-from mage_ray.cluster import Progress, counted, follow
+from mage_ray.cluster import Progress, counted, equal_cpus, follow, nodes_with
 from mage_ray.errors import FieldError
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
 from mage_ray.evaluation.evaluate import shards_of
 from mage_ray.folder import StudyFolder
+from mage_ray.generator import sets_places
 from mage_ray.prompts import Prompt
 from mage_ray.search.recipe import Recipe
 from mage_ray.search.space import Space
@@ -35,6 +36,7 @@ class ResidentEngine:
         import torch
 
         torch.set_num_threads(threads)
+        folder.fetch(folder.rewards, folder.normalisation, *sets_places(folder, study, sets))
         self._space, self._folder = Space(study), folder
         self._prompts = search_prompts(study)
         self._runner = CellRunner(study, folder, sets, device)
@@ -56,10 +58,12 @@ class ResidentEngine:
                 begin += len(block)
         # Which engine gets the odd one out changes with the setting.
         mine = every[(place + sum(every[0].file.encode())) % of :: of]
+        self._folder.fetch(*(cell.path(self._folder) for cell in mine))
         missing = [cell for cell in mine if not cell.path(self._folder).exists()]
         began = time.monotonic()
         for _ in self._runner.run(missing):
             pass
+        self._folder.publish(*(cell.path(self._folder) for cell in missing))
         tokens = sum(int(frame["tokens"].sum()) for frame in read_cells(self._folder, missing))
         names = ["point", "tokens", "forwards", "kl", *(f"reward/{name}" for name in self._space.study.objectives)]
         samples = [frame[names] for frame in read_cells(self._folder, mine)]
@@ -70,7 +74,10 @@ class ResidentEngine:
     def write(self, shards: Sequence[Sequence[Cell]]) -> Iterator[int]:
         """Write these cells, shard by shard; yields 1 for every generation that ends."""
         for cells in shards:
+            paths = [cell.path(self._folder) for cell in cells]
+            self._folder.fetch(*paths)
             yield from self._runner.run(cells)
+            self._folder.publish(*paths)
 
 
 @contextmanager
@@ -81,12 +88,15 @@ def resident_engines(space: Space, folder: StudyFolder) -> Iterator[list[Any]]:
     Raises UserError where there is no room for one.
     """
     study = space.study
-    cpus, gpus = _cpus(study.search.workers), study.training.gpus_per_worker
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    folder.publish(folder.rewards, folder.normalisation, *sets_places(folder, study, space.engine_sets))
+    labels = study.cluster.selector
+    cpus, gpus = equal_cpus(study.search.workers, labels), study.training.gpus_per_worker
+    nodes = nodes_with(labels)
     room = sum(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf) for node in nodes)
     if not room:
         raise FieldError("training.gpus_per_worker", gpus, f"what a node of the cluster has, beside {cpus} CPUs")
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    options["label_selector"] = labels
     engine: Any = ray.remote(ResidentEngine).options(**options)
     device = "cuda" if gpus > 0 else None
     count = min(study.search.workers, int(room))
@@ -96,12 +106,6 @@ def resident_engines(space: Space, folder: StudyFolder) -> Iterator[list[Any]]:
     finally:
         for one in engines:
             ray.kill(one)
-
-
-def _cpus(workers: int) -> int:
-    """Of each of so many engines: an equal part, on one node."""
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    return max(1, int(min(largest, ray.cluster_resources().get("CPU", 1) // workers)))
 
 
 def write_cells(
@@ -117,6 +121,7 @@ def write_cells(
         if shards[i::n]
     ]
     follow(streams, counted(progress, total - left, total))
+    folder.fetch(*(cell.path(folder) for cell in missing))
 
 
 def rung_sizes(prompts: int, rungs: int) -> list[int]:

@@ -13,6 +13,7 @@ from mage_ray.errors import FieldError, UserError
 from mage_ray.fields import Part, one_line
 from mage_ray.files import write_atomic
 from mage_ray.specs import GuidanceSpec
+from mage_ray.storage.downloads import local_path
 from mage_ray.study import Study
 
 
@@ -92,8 +93,8 @@ def own_recipe(study: Study, method: str) -> Recipe:
 
 
 def load_recipe(path: Path | str) -> Recipe:
-    """The recipe in a YAML file. Raises UserError, one line, when it is missing or wrong."""
-    path = Path(path)
+    """The recipe in a YAML file, which may be at a URL. Raises UserError, one line, when it is missing or wrong."""
+    path = local_path(path)
     try:
         content = yaml.safe_load(path.read_text())
         return Recipe.model_validate(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,8 +91,9 @@ def _claim(space: Space, folder: StudyFolder, resume: bool) -> None:
         ),
     }
     if not place.exists():  # with resume, too: there is nothing to go on with
-        shutil.rmtree(folder.search / "tune", ignore_errors=True)
+        folder.remove(folder.search / "tune")
         write_atomic(place, json.dumps(ours, indent=1) + "\n")
+        folder.publish(place)
         return
     if not resume:
         raise UserError(f"{folder.search}: holds a search already, allowed: --resume to go on with it, or --fresh")
@@ -107,10 +107,8 @@ def _claim(space: Space, folder: StudyFolder, resume: bool) -> None:
 
 def discard(folder: StudyFolder) -> None:
     """Forget a search, but for the samples, which are found again by their content."""
-    for part in ("tune", "trials", "recipes"):
-        shutil.rmtree(folder.search / part, ignore_errors=True)
-    for file in (folder.search / "search.json", folder.search / "history.json", folder.report / "search.html"):
-        file.unlink(missing_ok=True)
+    parts = ("tune", "trials", "recipes", "search.json", "history.json")
+    folder.remove(*(folder.search / part for part in parts), folder.report / "search.html")
 
 
 def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], console: Console | None = None) -> None:
@@ -160,7 +158,7 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
         tuner = restored()
     else:
         # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.
-        shutil.rmtree(place, ignore_errors=True)
+        folder.remove(place)
         halving = spec.rungs > 1
         tune_config = tune.TuneConfig(
             metric=spec.metrics[0] if halving else None,

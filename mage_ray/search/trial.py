@@ -59,12 +59,13 @@ class Trials:
         from ray import tune
 
         path = record_path(self.folder, config)
+        self.folder.fetch(path)
         record = {"trial": str(tune.get_context().get_trial_id()), "config": dict(config), "began": time.time()}
         try:
             self._climb(config, path, record)
         except Exception as error:
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
-            _keep(path, record | {"error": reason})
+            self._keep(path, record | {"error": reason})
             raise
 
     def _climb(self, config: Mapping[str, Any], path: Path, record: Mapping[str, Any]) -> None:
@@ -92,8 +93,12 @@ class Trials:
             kept = {"rung": rung, "last": prompts == self.rungs[-1], "scores": found, "points": points_MN.tolist()}
             kept["recipe"] = shares[0].recipe
             # Before Tune hears of it: what it hears of is never lost.
-            _keep(path, {**record, **kept})
+            self._keep(path, {**record, **kept})
             tune.report(found | {SHARE: share_of(rung)})
+
+    def _keep(self, path: Path, record: Mapping[str, Any]) -> None:
+        write_atomic(path, json.dumps({**record, "ended": time.time()}, indent=1) + "\n")
+        self.folder.publish(path)
 
     def _shares(self, config: Mapping[str, Any], prompts: int) -> list[Share]:
         """The setting's samples on so many prompts, from all engines."""
@@ -135,7 +140,7 @@ def forget_failures(folder: StudyFolder) -> None:
     """Delete the reports of trials that failed: they are run again."""
     for path in (folder.search / "trials").glob("*.json"):
         if "error" in json.loads(path.read_text()):
-            path.unlink()
+            folder.remove(path)
 
 
 def read_records(folder: StudyFolder) -> list[dict[str, Any]]:
@@ -144,12 +149,10 @@ def read_records(folder: StudyFolder) -> list[dict[str, Any]]:
     Each has ``trial, config, began, ended`` and either ``error`` or ``recipe, rung, last`` (whether it was on all
     prompts), ``points`` [M, N] and ``scores``: the measures, and how many prompts, seconds and tokens they took.
     """
-    found = [json.loads(path.read_text()) for path in (folder.search / "trials").glob("*.json")]
+    place = folder.search / "trials"
+    folder.fetch(place)
+    found = [json.loads(path.read_text()) for path in place.glob("*.json")]
     return sorted(found, key=lambda record: (record["began"], record["trial"]))
-
-
-def _keep(path: Path, record: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps({**record, "ended": time.time()}, indent=1) + "\n")
 
 
 def _known(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _TRIES = 10_000
 """Settings in a row that may break a constraint before the search is given up."""
 _FAILURES = 3
 """So many trials that failed, and none that didn't, end a search."""
+_LOOKS_EVERY = 1.0
+"""Seconds between two looks at what has failed."""
 
 
 def searcher(space: Space) -> Searcher:
@@ -190,11 +193,14 @@ class GivesUp(tune.Stopper):
     """Ends a search whose first trials have all failed."""
 
     def __init__(self, folder: StudyFolder) -> None:
-        self._folder = folder
+        self._folder, self._looked = folder, -math.inf
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        if time.monotonic() < self._looked + _LOOKS_EVERY:  # asked at every turn of Tune's loop
+            return False
+        self._looked = time.monotonic()
         records = read_records(self._folder)
         return len(records) >= _FAILURES and all("error" in record for record in records)

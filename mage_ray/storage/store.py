@@ -63,19 +63,32 @@ class Store:
         files, root = self.files
         top = f"{root}/{name}".rstrip("/")
         try:
-            return [path.removeprefix(f"{root}/") for path in self._patiently(lambda: list(files.find(top)))]
+            return [path.removeprefix(f"{root}/") for path in self.patiently(lambda: list(files.find(top)))]
         except FileNotFoundError:
             return []
+
+    def marks(self) -> dict[str, str]:
+        """Of each file at the URL, or of the one that it names (whose name is then empty), what changes with it."""
+        files, root = self.files
+        try:
+            found = self.patiently(lambda: files.find(root, detail=True))
+        except FileNotFoundError:
+            return {}
+        known = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+        return {
+            path.removeprefix(root).removeprefix("/"): repr([info.get(key) for key in known])
+            for path, info in found.items()
+        }
 
     def get(self, name: str, here: Path) -> None:
         """Raises FileNotFoundError where it isn't there."""
         files, root = self.files
-        self._patiently(lambda: files.get_file(f"{root}/{name}", str(here)))
+        self.patiently(lambda: files.get_file(f"{root}/{name}".rstrip("/"), str(here)))
 
     def write(self, name: str, data: bytes) -> None:
         files, root = self.files
         path = f"{root}/{name}"
-        self._patiently(lambda: self._with_folders(path, lambda: files.pipe_file(path, data)))
+        self.patiently(lambda: self._with_folders(path, lambda: files.pipe_file(path, data)))
 
     def send(self, here: Path, name: str) -> None:
         """A file of any size; what has been sent of a large one is not sent again after a failure or a kill."""
@@ -84,13 +97,13 @@ class Store:
         if here.stat().st_size > 2 * _PART and hasattr(files, "merge"):
             self._send_in_parts(here, path)
         else:
-            self._patiently(lambda: self._with_folders(path, lambda: files.put_file(str(here), path)))
+            self.patiently(lambda: self._with_folders(path, lambda: files.put_file(str(here), path)))
 
     def delete(self, name: str) -> None:
         """No error where it isn't there."""
         files, root = self.files
         with contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: files.rm_file(f"{root}/{name}"))
+            self.patiently(lambda: files.rm_file(f"{root}/{name}"))
 
     @cached_property
     def files(self) -> tuple[Any, str]:
@@ -113,7 +126,7 @@ class Store:
                 if part not in sent:
                     file.seek(i * _PART)
                     self.write(part, file.read(_PART))
-        self._patiently(lambda: files.merge(path, [f"{root}/{part}" for part in parts]))
+        self.patiently(lambda: files.merge(path, [f"{root}/{part}" for part in parts]))
         for part in parts:
             self.delete(part)
 
@@ -128,7 +141,8 @@ class Store:
             files.makedirs(path.rpartition("/")[0], exist_ok=True)
             call()
 
-    def _patiently(self, call: Callable[[], Result]) -> Result:
+    def patiently(self, call: Callable[[], Result]) -> Result:
+        """What ``call`` returns, tried again while the storage fails. FileNotFoundError comes through."""
         late, wait = time.monotonic() + patience(), _FIRST_WAIT
         while True:
             try:

@@ -84,7 +84,7 @@ def train_missing(study: Study, folder: StudyFolder, experts: Sequence[Expert], 
     todo = [expert for expert in todo if expert not in trained]
     pool = load_pool(folder, study)
     with connected():
-        places = room(study.training)
+        places = room(study)
         for round in range(study.training.rounds):
             todo = _train_round(study, folder, todo, pool, round, places, console)
 
@@ -98,7 +98,7 @@ def train_early(
     """
     todo = [expert for expert in study_experts(study, place) if not all(map(is_expert, expert.places))]
     if todo:
-        _train_round(study, folder, todo, load_pool(folder, study), 0, room(study.training), console, steps)
+        _train_round(study, folder, todo, load_pool(folder, study), 0, room(study), console, steps)
 
 
 def check_training(study: Study) -> None:
@@ -146,6 +146,7 @@ def _train_round(
             expert = by_name[run.name]
             places = expert.places if last else [_between(folder, expert, round)]
             _export(study, expert, run, checkpoint, places, origin.result())
+            folder.publish(*places)
 
         fit_all(list(runs.values()), at_once, finished, console)
     return list(experts)
@@ -196,13 +197,13 @@ def _runs(
         runs[expert.name] = Run(
             name=expert.name if round == 0 else f"{expert.name}-round-{round}",
             study=_own_study(study, expert),
-            checkpoints=folder.checkpoints,
+            home=folder,
             weights=expert.weights,
             pairs=own_pairs,
             reference={s: 0.0 if expert.loss == "arm" else reference[s] for s in _samples(own_pairs)},
             prompts=prompts,
             normalisation=folder.normalisation.read_text() if prompts else "",
-            start=_between(folder, expert, round - 1) if round > 0 else None,
+            start=folder.name_of(_between(folder, expert, round - 1)) if round > 0 else None,
             until=until,
         )
     return runs

@@ -39,12 +39,11 @@ def grpo_trainer(run: Run, done: int, arguments: Mapping[str, Any]) -> Any:
     per_step = spec.batch_size // spec.generations_per_prompt
     prompts = run.prompts[done * per_step : spec.steps * per_step]
     normaliser = Normaliser.from_json(run.normalisation, study.objective_names)
-    folder = StudyFolder(run.checkpoints.parent)
     set_seed(study.seed)  # All experts of a study start from one LoRA initialisation: their merge rests on it.
     trainer = Trainer(
         model=model,
         args=config,
-        reward_funcs=[reward_function(name, study.objectives[name], normaliser, folder) for name in run.weights],
+        reward_funcs=[reward_function(name, study.objectives[name], normaliser, run.home) for name in run.weights],
         train_dataset=Dataset.from_list([{"prompt": conversation(text, run.study.system)} for text in prompts]),
         processing_class=tokenizer,
         peft_config=lora_config(spec.lora),

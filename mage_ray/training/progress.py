@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +69,18 @@ class Standing:
 
 
 @contextmanager
-def shown(console: Console | None, runs: Mapping[str, tuple[Path, int]]) -> Iterator[None]:
-    """While inside, show on ``console`` the progress of ``runs``: name to (metrics file, steps). None shows nothing."""
+def shown(
+    console: Console | None, runs: Mapping[str, tuple[Path, int]], refresh: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """While inside, show on ``console`` the progress of ``runs``: name to (metrics file, steps). None shows nothing.
+
+    ``refresh`` brings the files up to date.
+    """
     if console is None or not runs:
         yield
         return
     ended = Event()
-    watcher = Thread(target=_bars if console.is_terminal else _lines, args=(console, runs, ended), daemon=True)
+    watcher = Thread(target=_bars if console.is_terminal else _lines, args=(console, runs, refresh, ended), daemon=True)
     watcher.start()
     try:
         yield
@@ -84,7 +89,7 @@ def shown(console: Console | None, runs: Mapping[str, tuple[Path, int]]) -> Iter
         watcher.join()
 
 
-def _bars(console: Console, runs: Mapping[str, tuple[Path, int]], ended: Event) -> None:
+def _bars(console: Console, runs: Mapping[str, tuple[Path, int]], refresh: Callable[[], None], ended: Event) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
@@ -99,16 +104,18 @@ def _bars(console: Console, runs: Mapping[str, tuple[Path, int]], ended: Event) 
         last = False
         while not last:
             last = ended.wait(_EVERY)
+            refresh()
             for name, (path, steps) in runs.items():
                 now = Standing.of(path, steps)
                 progress.update(tasks[name], completed=now.step, left=_left(now), measured=str(now))
 
 
-def _lines(console: Console, runs: Mapping[str, tuple[Path, int]], ended: Event) -> None:
+def _lines(console: Console, runs: Mapping[str, tuple[Path, int]], refresh: Callable[[], None], ended: Event) -> None:
     printed: dict[str, tuple[int, float]] = {}
     last = False
     while not last:
         last = ended.wait(_EVERY)
+        refresh()
         for name, (path, steps) in runs.items():
             now, clock = Standing.of(path, steps), time.monotonic()
             before, when = printed.get(name, (0, -_EVERY_LINE))

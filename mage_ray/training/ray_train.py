@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mage_ray.cluster import nodes_with
 from mage_ray.errors import UserError
-from mage_ray.specs import TrainingSpec
+from mage_ray.study import Study
 from mage_ray.training.progress import shown
-from mage_ray.training.run import METRICS, Run
+from mage_ray.training.run import Run
 from mage_ray.training.worker import train
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ def fit(run: Run, in_process: bool = False) -> Path:
         # An actor for each job that watches for nodes about to go: here none goes without the job itself.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
+    files, place = run.home.for_ray(run.checkpoints)
+    run.home.publish(*run.needs)
     spec = run.spec
     gpu = spec.gpus_per_worker > 0
     resources = {"CPU": float(spec.cpus_per_worker)} | ({"GPU": spec.gpus_per_worker} if gpu else {})
@@ -47,12 +52,17 @@ def fit(run: Run, in_process: bool = False) -> Path:
         train,
         train_loop_config={"run": run},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if in_process else spec.workers, use_gpu=gpu, resources_per_worker=resources
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as the older version's
+            num_workers=0 if in_process else spec.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            placement_strategy="PACK",
+            label_selector=run.study.cluster.selector or None,
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
-            storage_path=str(run.checkpoints),
+            storage_path=place,
+            storage_filesystem=files,
             failure_config=ray.train.FailureConfig(max_failures=_RESTARTS),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -63,7 +73,11 @@ def fit(run: Run, in_process: bool = False) -> Path:
         raise UserError(f"{run.title}: training failed: {_root_cause(error)}") from error
     if result.checkpoint is None:
         raise UserError(f"{run.title}: training ended without a checkpoint")
-    return Path(result.checkpoint.path)
+    if files is None:
+        return Path(result.checkpoint.path)
+    last = run.folder / ".last"  # not published, by its name
+    shutil.rmtree(last, ignore_errors=True)
+    return Path(result.checkpoint.to_directory(str(last)))
 
 
 def fit_all(
@@ -85,29 +99,34 @@ def fit_all(
     if console is not None and runs:
         names = ", ".join(run.name for run in runs)
         console.print(f"training {names}, {at_once} at a time: workers are starting", highlight=False)
-    watched = {run.name: (run.folder / METRICS, run.end) for run in runs}
-    with shown(console, watched), ThreadPoolExecutor(at_once) as threads:
+    watched = {run.name: (run.metrics, run.end) for run in runs}
+
+    def refresh() -> None:
+        for run in runs:
+            with suppress(UserError):  # the training will say it
+                run.home.fetch(run.metrics)
+
+    with shown(console, watched, refresh), ThreadPoolExecutor(at_once) as threads:
         for future in [threads.submit(work, run) for run in runs]:
             future.result()
     if failures:
         raise failures[0]
 
 
-def room(spec: TrainingSpec) -> int:
+def room(study: Study) -> int:
     """How many of a study's models the cluster can train at once. Raises UserError when it can't even one.
 
     More than that would only wait for each other, with Ray Train's start timeouts ticking.
     """
-    import ray
-
-    have = ray.cluster_resources()
+    spec, nodes = study.training, nodes_with(study.cluster.selector)
+    have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     need = {"CPU": spec.workers * spec.cpus_per_worker, "GPU": spec.workers * spec.gpus_per_worker}
     places = spec.parallel_experts
     for kind, amount in need.items():
-        if amount > have.get(kind, 0):
+        if amount > have[kind]:
             raise UserError(
                 f"training: an expert takes {amount:g} {kind}s (workers x {kind.lower()}s_per_worker), allowed: at "
-                f"most the {have.get(kind, 0):g} that the Ray cluster has"
+                f"most the {have[kind]:g} that the Ray cluster has"
             )
         if amount:
             places = min(places, int(have[kind] // amount))

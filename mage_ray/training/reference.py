@@ -58,13 +58,17 @@ def reference_logps(
     shards = [
         (f"shard-{i:05d}.safetensors", unique[i * _SHARD : (i + 1) * _SHARD]) for i in range(-(-len(unique) // _SHARD))
     ]
+    folder.fetch(place)
     missing = [shard for shard in shards if not (place / shard[0]).exists()]
     run_shards(
         _shards_logps,
         missing,
         (study, folder, folder.name_of(place)),
+        folder=folder,
+        writes=place,
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
+        labels=study.cluster.selector,
         on_progress=counted(progress, len(unique) - sum(len(part) for _, part in missing), len(unique)),
     )
     logps: dict[Sample, float] = {}
@@ -91,7 +95,7 @@ def _shards_logps(
     chat = Chat(load_tokenizer(study.model), model, study.system)
     for file, samples in shards:
         values = torch.tensor(sample_logps(model, chat, samples), dtype=torch.float64)
-        with atomic_path(folder.path / part / file) as partial:
+        with atomic_path(folder.at(part) / file) as partial:
             save_file({"logps": values}, partial)
         yield len(samples)
 

@@ -67,9 +67,10 @@ def train_rewards(study: Study, folder: StudyFolder, console: Console | None = N
                 count = len(held.calibrate) + len(held.measure)
                 console.print(f"{run.name}: measuring on {count} rows held out", highlight=False)
             _export(run, folder.rewards / run.name, checkpoint, parts[run.name], origins[run.study.model])
+            folder.publish(folder.rewards / run.name)
 
     with connected():
-        fit_all(runs, room(study.training), finished, console)
+        fit_all(runs, room(study), finished, console)
 
 
 def check_rewards(study: Study) -> None:
@@ -107,7 +108,8 @@ def _run(study: Study, folder: StudyFolder, name: str, parts: Parts) -> Run:
     return Run(
         name=name,
         study=study.model_copy(update={"model": spec.model or study.model}),
-        checkpoints=folder.checkpoints / "rewards" / content.hexdigest()[:12],
+        home=folder,
+        apart=f"rewards/{content.hexdigest()[:12]}",
         weights={},
         rows=[rows[i] for i in order],
         reward=spec,

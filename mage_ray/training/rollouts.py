@@ -83,6 +83,7 @@ def sample_pool(
         _check_scored_by(study, folder)
     place = folder.rollouts if round == 0 else folder.checkpoints / f"{_expert(adapter)}-rollouts-{round}"
     place.mkdir(parents=True, exist_ok=True)
+    folder.fetch(place)
     prompts, _ = study_prompts(study)
     size = study.rollouts.prompts_per_shard
     shards = [(f"shard-{i:05d}.parquet", prompts[i * size : (i + 1) * size]) for i in range(-(-len(prompts) // size))]
@@ -95,14 +96,19 @@ def sample_pool(
         _sample_shards,
         missing,
         (study, folder, folder.name_of(place), None if adapter is None else folder.name_of(adapter), round),
+        folder=folder,
+        reads=[folder.rewards, folder.normalisation, *([] if adapter is None else [adapter])],
+        writes=place,
         workers=study.rollouts.workers,
         gpus_per_worker=study.training.gpus_per_worker,
+        labels=study.cluster.selector,
         on_progress=counted(progress, total - left, total),
     )
     if round == 0 and not folder.normalisation.exists():
         if scored_by := reward_digests(folder, study.reward_models):
             write_atomic(folder.rollouts / _SCORED_BY, json.dumps(scored_by) + "\n")
         _fit_normalisation(study, folder)
+        folder.publish(folder.rollouts)
     return load_pool(folder, study, place)
 
 
@@ -202,14 +208,14 @@ def _sample_shards(
     device = "cuda" if study.training.gpus_per_worker > 0 else None
     model = load_model(study.model, study.dtype, device)
     chat = Chat(load_tokenizer(study.model), model, study.system)
-    bank = AdapterBank([] if adapter is None else [load_adapter(folder.path / adapter)])
+    bank = AdapterBank([] if adapter is None else [load_adapter(folder.at(adapter))])
     plan = Plan.of([((1.0,) * len(bank), 1.0)])
     scorers = load_objectives(study, folder)
     encoded = {prompt.id: chat.encode(prompt.text) for _, prompts in shards for prompt in prompts}
     length = max(map(len, encoded.values())) + spec.max_new_tokens
     engine = Engine(RowRunner(model, bank, spec.batch_rows, length), chat.stop, chat.decode)
     for file, prompts in shards:
-        path = folder.path / part / file
+        path = folder.at(part) / file
         if path.exists():
             continue
         cells = [(prompt, sample) for prompt in prompts for sample in range(spec.samples_per_prompt)]

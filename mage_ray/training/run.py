@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mage_ray.folder import StudyFolder
 from mage_ray.specs import LoraSpec, RewardSpec, TrainingSpec, ValuesSpec
 from mage_ray.study import Study
 from mage_ray.training.pairs import Pair, Sample
@@ -25,8 +26,7 @@ class Run:
 
     name: str
     study: Study
-    checkpoints: Path
-    """The study's folder of checkpoints; this run's are in ``<name>`` there."""
+    home: StudyFolder
     weights: Mapping[str, float]
     """The expert's row of the mix, by the objectives' names."""
     pairs: Sequence[Pair] = ()
@@ -37,8 +37,8 @@ class Run:
     """GRPO: the prompts of all steps, in the order of their use."""
     normalisation: str = ""
     """GRPO: the JSON of the objectives' Normaliser."""
-    start: Path | None = None
-    """The adapter to start from, for a further round."""
+    start: str | None = None
+    """The adapter to start from, for a further round, by its name in ``home``."""
     examples: Sequence[Example] = ()
     """Value models: the answers of all steps, in the order of their use."""
     until: int | None = None
@@ -49,6 +49,8 @@ class Run:
     """Reward models: what they learn from in all steps, in the order of its use."""
     reward: RewardSpec | None = None
     """Reward models: how they are trained."""
+    apart: str = ""
+    """Where among the checkpoints its own are, if others of its name are not to be gone on from."""
 
     @property
     def title(self) -> str:
@@ -57,8 +59,24 @@ class Run:
         return f"{kind} {self.name}"
 
     @property
+    def checkpoints(self) -> Path:
+        """What its own folder is in."""
+        return self.home.checkpoints / self.apart
+
+    @property
     def folder(self) -> Path:
         return self.checkpoints / self.name
+
+    @property
+    def metrics(self) -> Path:
+        """What its steps have measured, a line of JSON for each."""
+        return self.folder / METRICS
+
+    @property
+    def needs(self) -> list[Path]:
+        """What a worker reads of ``home``."""
+        start = [] if self.start is None else [self.home.at(self.start)]
+        return start + ([self.home.rewards] if self.prompts else [])
 
     @property
     def answer_tokens(self) -> int | None:

@@ -55,9 +55,10 @@ def train_values(study: Study, folder: StudyFolder, console: Console | None = No
 
         def finished(run: Run, checkpoint: Path) -> None:
             _export(run, places[run.name], checkpoint, origin)
+            folder.publish(places[run.name])
 
         with connected():
-            fit_all(runs, room(study.training), finished, console)
+            fit_all(runs, room(study), finished, console)
     for set, spec in study.values.items():
         for name in study.objective_names:
             place = folder.value(set, name)
@@ -115,7 +116,8 @@ def set_run(study: Study, folder: StudyFolder, pool: DataFrame, set: str, name: 
     return Run(
         name=f"{set}-{name}",
         study=study,
-        checkpoints=folder.checkpoints / "values" / hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12],
+        home=folder,
+        apart=f"values/{hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12]}",
         weights={name: 1.0},
         examples=[answers[i] for i in order],
         values=spec,

@@ -26,10 +26,12 @@ from mage_ray.training.checkpoint import (
 from mage_ray.training.dpo import dpo_trainer
 from mage_ray.training.grpo import grpo_trainer
 from mage_ray.training.reward_trainer import reward_trainer
-from mage_ray.training.run import METRICS, Run
+from mage_ray.training.run import Run
 from mage_ray.training.value_trainer import value_trainer
 from mage_ray.training.zero import full_weights, prepare_deepspeed, zero_config
 
+_PUBLISHED_EVERY = 2.0
+"""Seconds between two times that metrics are published."""
 _MICRO_BATCH = 8
 """Pairs, completions or texts at once on one worker; a larger share of the batch is accumulated."""
 
@@ -61,6 +63,7 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
     from transformers import PrinterCallback
 
     spec = run.spec
+    run.home.fetch(run.metrics, *run.needs)
     done = 0 if last is None else load_state(last).step
     if done >= run.end:
         return
@@ -72,7 +75,7 @@ def _train_from(run: Run, last: Path | None, rank: int, workers: int, distribute
     with tempfile.TemporaryDirectory(prefix="mage_ray-") as scratch:
         arguments = trainer_arguments(spec, run.study.seed, run.end - done, workers, distributed, scratch)
         trainer = make(run, done, arguments)
-        start = last or run.start
+        start = last if last is not None or run.start is None else run.home.at(run.start)
         if start is not None:
             load_adapter_weights(start, trainer.model)
         trainer.remove_callback(PrinterCallback)
@@ -127,7 +130,7 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
-            self.started = time.monotonic()
+            self.started = self.published = time.monotonic()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if last is not None:
@@ -146,11 +149,14 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
             step = done + state.global_step
             metrics = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
             if rank == 0:
-                run.folder.mkdir(parents=True, exist_ok=True)
+                run.metrics.parent.mkdir(parents=True, exist_ok=True)
                 now = time.monotonic()
-                with open(run.folder / METRICS, "a") as file:
+                with open(run.metrics, "a") as file:
                     file.write(json.dumps({"step": step, "seconds": round(now - self.started, 3)} | metrics) + "\n")
                 self.started = now
+                if step == run.end or now > self.published + _PUBLISHED_EVERY:
+                    run.home.publish(run.metrics)
+                    self.published = now
             if step % spec.checkpoint_every == 0 or step == run.end:
                 self.checkpoint(step, metrics)
 

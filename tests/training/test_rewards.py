@@ -80,11 +80,11 @@ ROWS: dict[str, list[Row]] = {
 }
 
 
-def reward_run(study: Study, name: str, checkpoints: Path) -> Run:
+def reward_run(study: Study, name: str, home: Path) -> Run:
     spec = study.rewards[name]
     needed = spec.steps * spec.batch_size
     rows = (ROWS[name] * needed)[:needed]
-    return Run(name, study, checkpoints, {}, rows=rows, reward=spec)
+    return Run(name, study, StudyFolder(home), {}, rows=rows, reward=spec)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_paused_run_goes_on_as_an_unbroken_one(
     run = reward_run(study, name, tmp_path / "paused")
     fit(replace(run, until=3), in_process=True)
     paused = fit(run, in_process=True)
-    whole = fit(replace(run, checkpoints=tmp_path / "whole"), in_process=True)
+    whole = fit(replace(run, home=StudyFolder(tmp_path / "whole")), in_process=True)
     metrics = read_metrics(run.folder / METRICS)
     assert list(metrics) == [1, 2, 3, 4, 5, 6]
     assert metrics[1]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # The head says 0 at first.

@@ -10,6 +10,7 @@ import pytest
 from training_pools import END, make_folder, make_pool, make_study
 
 from mage_ray.chat import Chat
+from mage_ray.folder import StudyFolder
 from mage_ray.models import load_model, load_tokenizer
 from mage_ray.training.checkpoint import load_state
 from mage_ray.training.pairs import Sample, preference_pairs, training_order
@@ -21,7 +22,7 @@ from mage_ray.training.run import METRICS, Run, learning_rate_factor
 pytestmark = pytest.mark.slow
 
 
-def dpo_run(model: Path, checkpoints: Path, weights: dict[str, float], **training: object) -> Run:
+def dpo_run(model: Path, home: Path, weights: dict[str, float], **training: object) -> Run:
     study = make_study(model, **training)
     spec = study.training
     found = preference_pairs(make_pool(), weights, spec.pairs_per_prompt)
@@ -29,7 +30,7 @@ def dpo_run(model: Path, checkpoints: Path, weights: dict[str, float], **trainin
     samples = sorted({sample for pair in pairs for sample in (pair.chosen, pair.rejected)})
     reference = load_model(str(model))
     logps = sample_logps(reference, Chat(load_tokenizer(str(model)), reference), samples)
-    return Run("run", study, checkpoints, weights, pairs, dict(zip(samples, logps, strict=True)))
+    return Run("run", study, StudyFolder(home), weights, pairs, dict(zip(samples, logps, strict=True)))
 
 
 def test_sample_logps_are_those_of_one_sequence_at_a_time(tiny_model_folder: Path) -> None:
@@ -103,7 +104,7 @@ def test_grpo_moves_towards_the_weighted_reward(tiny_model_folder: Path, tmp_pat
     run = Run(
         "run",
         study,
-        tmp_path / "checkpoints",
+        StudyFolder(tmp_path),
         {name: float(name == wanted) for name in ("early", "late")},
         prompts=[f"say {i % 5}" for i in range(60)],
         normalisation=folder.normalisation.read_text(),

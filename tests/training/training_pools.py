@@ -98,7 +98,7 @@ def valued_study(model: Path, training: Mapping[str, Any] | None = None, **value
     return Study.model_validate(study.model_dump(mode="json") | {"values": {"final": VALUES | values}})
 
 
-def value_run(study: Study, pool: pd.DataFrame, checkpoints: Path, name: str = "early") -> Run:
+def value_run(study: Study, pool: pd.DataFrame, home: Path, name: str = "early") -> Run:
     """The run of one value model on all answers of ``pool``."""
     spec = study.values["final"]
     answers = [
@@ -107,7 +107,7 @@ def value_run(study: Study, pool: pd.DataFrame, checkpoints: Path, name: str = "
     ]
     order = training_order(len(answers), spec.steps * spec.batch_size, study.seed)
     examples = [answers[i] for i in order]
-    return Run(f"final-{name}", study, checkpoints, {name: 1.0}, examples=examples, values=spec)
+    return Run(f"final-{name}", study, StudyFolder(home), {name: 1.0}, examples=examples, values=spec)
 
 
 def make_folder(path: Path, study: Study, pool: pd.DataFrame) -> StudyFolder:
