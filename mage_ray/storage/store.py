@@ -111,7 +111,7 @@ class Store:
         import fsspec
 
         try:
-            files, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            files, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError, TypeError) as error:
             raise self._fails(error) from None
         return files, root.rstrip("/")
