@@ -275,6 +275,7 @@ class Service:
         """What ``/v1/front`` says: the evaluated front of each method with the study's own constants, as the report."""
         from mage_ray.evaluation.evaluate import evaluated_front
 
+        self.folder.fetch(self.folder.evaluation)
         methods = evaluated_front(self.folder.study, self.folder)
         note = "" if self.recipe is None else "with the study's own constants, not those of the recipe that is served"
         note = note if methods else "this study was not evaluated"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from studies import REWARDS, tiny_study
 
 from mage_ray.folder import StudyFolder
+from mage_ray.search.trial import read_records
 from mage_ray.storage.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cannot()), reason=cannot())]
@@ -47,6 +49,11 @@ class Bed:
     def submit(self, job: str, name: str, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         entry = ["python", f"jobs/{job}.py", "--study", f"{name}.yaml", "--folder", f"s3://bucket/{name}", *options]
         return self.cluster.submit("--working-dir", ".", *before, "--", *entry, cwd=self.place)
+
+    def lose(self, worker: int) -> None:
+        """Switch one off, and a new one on."""
+        self.cluster.workers.pop(worker).kill()
+        self.cluster.workers.append(self.cluster.add())
 
     def run(self, job: str, name: str, *options: str) -> str:
         process = self.submit(job, name, *options)
@@ -121,26 +128,62 @@ def test_every_job_is_submitted_from_outside_and_gives_what_one_machine_does(bed
 
 
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(bed: Bed) -> None:
-    folder = bed.study(
-        "stopped", training={"steps": 40, "backbones": {"soup": {}}}, guidance={"base": "soup", "guide": "soup"}
-    )
+    """With a second round, too, which samples from the experts that other nodes have trained."""
+    training = {"steps": 20, "rounds": 2, "backbones": {"soup": {}}}
+    folder = bed.study("stopped", training=training, guidance={"base": "soup", "guide": "soup"})
     job = bed.submit("train", "stopped", before=("--submission-id", "to-be-stopped"))
     wait_for(lambda: len(steps(folder)) > 4)
-    stopping = bed.cluster.job("stop", "to-be-stopped")
-    assert "stopped" in stopping
+    assert "stopped" in bed.cluster.job("stop", "to-be-stopped")
     said, _ = job.communicate(timeout=100)
     assert "interrupted; the same command goes on from here" in said, said[-3000:]
     before = steps(folder)
     bed.run("train", "stopped")
     after = steps(folder)
-    assert after[: len(before)] == before and sorted({*after}) == list(range(1, 41))
+    assert after[: len(before)] == before and sorted({*after}) == list(range(1, 21))
     # From a checkpoint: at most what lies between two of them was made twice.
-    assert len(after) - 40 <= 4
+    assert len(after) - 20 <= 4
+    folder.fetch(*folder.results)
+    assert json.loads((folder.experts / "soup-short" / "mage_ray.json").read_text())["steps"] == 40
 
 
-def steps(folder: StudyFolder) -> list[int]:
-    """Those that the first expert's training has written down, as the bucket has them."""
-    path = folder.checkpoints / "soup-even" / "metrics.jsonl"
+ROUNDS = int(os.environ.get("MAGE_RAY_FAULTS", "1"))
+"""How often nodes are lost in each phase, each time at other moments."""
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_node_that_is_lost_in_any_phase_costs_nothing_but_time(bed: Bed, tiny_model_folder: Path, seed: int) -> None:
+    name = f"lost{seed}"
+    search = {"trials": 3, "prompts": 2, "workers": 2}
+    evaluation = {"grid": 3, "max_new_tokens": 12, "resamples": 50, "workers": 2}
+    rollouts = {"samples_per_prompt": 4, "max_new_tokens": 12, "prompts_per_shard": 1, "workers": 2}
+    folder = bed.study(name, search=search, evaluation=evaluation, rollouts=rollouts, training={"steps": 12})
+    dice = random.Random(seed)
+
+    def lost(job: str, *conditions: Callable[[], bool]) -> None:
+        """A job during which a worker is switched off whenever one of these comes true, or soon after."""
+        process = bed.submit(job, name)
+        for condition in conditions:
+            wait_for(lambda c=condition: process.poll() is not None or c())  # type: ignore[misc]
+            time.sleep(dice.uniform(0, 2))
+            bed.lose(dice.randrange(len(bed.cluster.workers)))
+        said, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, said[-4000:]
+
+    store = Store(folder.place)
+    lost("train", lambda: bool(store.find(".sums/rollouts")), lambda: len(steps(folder, "bone-even")) > 3)
+    lost("evaluate", lambda: bool(store.find(".sums/evaluation")))
+    assert_same_results(folder, alone(bed, tiny_model_folder, name))
+    lost("search", lambda: bool(store.find(".sums/search/trials")))
+    folder.fetch(*folder.results)
+    records = read_records(folder)
+    assert len(records) == 3 and not any("error" in record for record in records)
+    assert folder.recipe.exists()
+    bed.cluster.wait(3)
+
+
+def steps(folder: StudyFolder, expert: str = "soup-even") -> list[int]:
+    """Those that an expert's training has written down, as the bucket has them."""
+    path = folder.checkpoints / expert / "metrics.jsonl"
     folder.fetch(path)
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 

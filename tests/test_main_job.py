@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from clusters import job_cluster, submit_command, with_token
+from nodes import cannot
 from studies import REWARDS, tiny_study
 
 from mage_ray.generator import Generator
@@ -116,6 +117,7 @@ def check_reproduced(run: Path, shown: pd.Series) -> None:
     assert again.text == shown.completion
 
 
+@pytest.mark.skipif(not cannot(), reason="on several nodes in test_cluster.py")
 def test_a_job_is_submitted_by_the_real_job_api(place: Path, tiny_model_folder: Path) -> None:
     """With a second round, too, which samples from the experts and scores what they said by the reference."""
     one_set = {"backbones": {"soup": {}}, "rounds": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mage_ray import objectives
 from mage_ray.cluster import Progress, counted, run_shards
 from mage_ray.decoding.methods import BASELINES, Setup
+from mage_ray.errors import FieldError
 from mage_ray.evaluation.cells import Cell, CellRunner, make_cells, read_cells
 from mage_ray.evaluation.strategies import way_to
 from mage_ray.folder import StudyFolder
@@ -88,7 +90,11 @@ def evaluated_front(study: Study, folder: StudyFolder) -> dict[str, list[tuple[P
     import pandas as pd
 
     points: dict[str, list[tuple[Preference | None, list[float]]]] = {}
-    for cell in study_cells(study, folder) if folder.normalisation.exists() else []:
+    cells: list[Cell] = []
+    for method in study.evaluation.methods if folder.normalisation.exists() else ():
+        with suppress(FieldError):  # one that isn't trained has no points
+            cells += method_cells(study, folder, {method: method})
+    for cell in cells:
         if cell.path(folder).exists():
             means = pd.read_parquet(cell.path(folder))[[f"reward/{name}" for name in study.objectives]].mean()
             points.setdefault(cell.method, []).append((cell.preference, means.tolist()))

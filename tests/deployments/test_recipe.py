@@ -418,6 +418,11 @@ def test_the_front_is_of_the_studys_own_constants(study: StudyFolder, tmp_path: 
     assert front["methods"]["mage-i-e"][0]["rewards"] == {"positive": 0.5, "short": 1.5}
     assert front["note"] == "with the study's own constants, not those of the recipe that is served"
     assert Service.configured(Options(study=str(folder.path)), {}).front() == front | {"note": ""}
+    # A method that the evaluation names and nothing was trained for has no points; the others keep theirs.
+    evaluation = folder.study.evaluation
+    more = evaluation.model_copy(update={"methods": [*evaluation.methods, "morlhf"]})
+    folder.claim(folder.study.model_copy(update={"evaluation": more}))
+    assert Service.configured(Options(study=str(folder.path)), {}).front() == front | {"note": ""}
 
 
 def test_a_studys_own_recipe_is_found(tmp_path: Path) -> None:
