@@ -176,7 +176,7 @@ def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path |
     """Generate and score the evaluation's grid, a recipe beside the methods; write the report, print the table."""
     from mage_ray.evaluation.evaluate import evaluate_study
     from mage_ray.evaluation.report import print_table, write_report
-    from mage_ray.evaluation.summary import summarise
+    from mage_ray.evaluation.summary import summary_of
     from mage_ray.merging.coefficients import merging_coefficients, noise_amplification
     from mage_ray.progress import shown
     from mage_ray.search.recipe import load_recipe
@@ -184,8 +184,7 @@ def evaluate(study: Study, folder: StudyFolder, console: Console, recipe: Path |
     start = time.monotonic()
     with _working_on(folder), shown(console, "evaluation") as progress:
         samples = evaluate_study(study, folder, progress, None if recipe is None else load_recipe(recipe))
-    spec, names = study.evaluation, study.objective_names
-    summary = summarise(samples, names, study.reference_point(), spec.resamples, study.seed, spec.confidence)
+    summary = summary_of(study, samples)
     mix = study.training.backbones[study.guidance.base].mix(len(study.objectives))
     amplified = max(noise_amplification(merging_coefficients(mix, mu)) for mu in study.evaluation_grid())
     facts = {

@@ -178,9 +178,9 @@ class Runs:
     def unseen(self, recipes: Mapping[str, Recipe]) -> Summary:
         """Recipes by their labels on the evaluation's prompts and grid."""
         from mage_ray.evaluation.evaluate import evaluate_cells, method_cells
-        from mage_ray.evaluation.summary import summarise
+        from mage_ray.evaluation.summary import summary_of
 
-        study, spec = self.study, self.study.evaluation
+        study = self.study
         folder = sharing(self.work / "unseen", study, self.trained)
         cells = [
             cell
@@ -188,5 +188,4 @@ class Runs:
             for cell in method_cells(recipe.applied(study), folder, {label: recipe.method})
         ]
         samples = evaluate_cells(study, folder, cells)
-        names, point = study.objective_names, study.reference_point()
-        return summarise(samples, names, point, spec.resamples, study.seed, spec.confidence)
+        return summary_of(study, samples)

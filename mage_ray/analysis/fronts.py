@@ -9,7 +9,7 @@ from mage_ray.decoding.methods import Setup
 from mage_ray.decoding.plan import Plan
 from mage_ray.evaluation.cells import make_cells
 from mage_ray.evaluation.evaluate import evaluate_cells
-from mage_ray.evaluation.summary import Summary, summarise
+from mage_ray.evaluation.summary import Summary, summary_of
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup, is_trained
 from mage_ray.merging.coefficients import Vector
@@ -44,9 +44,7 @@ def fronts(
         cells += make_cells(study, folder, folder.analysis / "cells", plans, setup, grid, prompts)
     with shown(console, what) as progress:
         samples = evaluate_cells(study, folder, cells, progress)
-    spec = study.evaluation
-    names, point = study.objective_names, study.reference_point()
-    return summarise(samples, names, point, spec.resamples, study.seed, study.analysis.confidence)
+    return summary_of(study, samples, study.analysis.confidence)
 
 
 def _narrowed(study: Study) -> Study:

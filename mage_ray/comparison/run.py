@@ -12,11 +12,12 @@ from mage_ray.comparison.checks import check_comparison, drawn_on
 from mage_ray.comparison.costs import middle, time_cells, trained_for
 from mage_ray.comparison.judge import win_rates
 from mage_ray.comparison.results import Found
-from mage_ray.comparison.tuning import Arm, arms_cells, evaluated, summary_of, tuned_arms
+from mage_ray.comparison.tuning import Arm, arms_cells, evaluated, tuned_arms
 from mage_ray.comparison.variants import compared_methods, study_variants, train_variant
 from mage_ray.decoding.methods import EXPLICIT
 from mage_ray.errors import UserError
 from mage_ray.evaluation.cells import Cell
+from mage_ray.evaluation.summary import summary_of
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
 from mage_ray.progress import shown

@@ -14,7 +14,7 @@ from mage_ray.comparison.variants import Variant, compared_methods, single_sets
 from mage_ray.decoding.methods import Setup
 from mage_ray.evaluation.cells import Cell
 from mage_ray.evaluation.evaluate import evaluate_cells, method_cells
-from mage_ray.evaluation.summary import Interval, Summary, summarise
+from mage_ray.evaluation.summary import Interval, summary_of
 from mage_ray.generator import bank_setup
 from mage_ray.progress import shown
 from mage_ray.prompts import Prompt
@@ -183,13 +183,6 @@ def evaluated(variant: Variant, cells: Sequence[Cell], console: Console | None, 
     """The samples of a variant's cells, those that are missing made first. Ray must be connected."""
     with shown(console, what) as progress:
         return evaluate_cells(variant.study, variant.folder, cells, progress)
-
-
-def summary_of(study: Study, samples: pd.DataFrame) -> Summary:
-    """The measures of all labels in ``samples``, as the study's evaluation has them."""
-    spec = study.evaluation
-    names, point = study.objective_names, study.reference_point()
-    return summarise(samples, names, point, spec.resamples, study.seed, spec.confidence)
 
 
 def _score(score: Interval) -> float:

@@ -31,6 +31,8 @@ from mage_ray.evaluation.sample_table import check_columns, distinct_by_prompt, 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mage_ray.study import Study
+
 MEASURES = (
     "hypervolume",
     "inner_product",
@@ -108,6 +110,14 @@ class Summary:
             ],
         }
         return json.dumps(_null_for_nan(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def summary_of(study: Study, samples: pd.DataFrame, confidence: float | None = None) -> Summary:
+    """``summarise`` by what a study's ``evaluation`` says; ``confidence`` in place of its own."""
+    spec = study.evaluation
+    confidence = spec.confidence if confidence is None else confidence
+    names, point = study.objective_names, study.reference_point()
+    return summarise(samples, names, point, spec.resamples, study.seed, confidence)
 
 
 def summarise(

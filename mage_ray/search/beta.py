@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mage_ray.decoding.methods import plan_for
 from mage_ray.evaluation.cells import make_cells
 from mage_ray.evaluation.evaluate import evaluate_cells
-from mage_ray.evaluation.summary import Interval, summarise
+from mage_ray.evaluation.summary import Interval, summary_of
 from mage_ray.files import write_atomic
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup
@@ -61,9 +61,7 @@ def _try(study: Study, folder: StudyFolder, name: str, beta: float, steps: int, 
     cells = make_cells(early, place, place.evaluation, plans, setup, grid, search_prompts(early))
     with shown(console, f"{name} with beta {beta:g}") as progress:
         samples = evaluate_cells(early, place, cells, progress)
-    spec = early.evaluation
-    names, point = early.objective_names, early.reference_point()
-    [own] = summarise(samples, names, point, spec.resamples, early.seed, spec.confidence).methods
+    [own] = summary_of(early, samples).methods
     return own.measures["hypervolume"]
 
 

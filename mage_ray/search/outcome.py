@@ -14,7 +14,7 @@ import pandas as pd
 from mage_ray.evaluation.cells import read_cells
 from mage_ray.evaluation.evaluate import method_cells, recipe_cells
 from mage_ray.evaluation.measures import pareto_mask
-from mage_ray.evaluation.summary import Interval, Summary, paired_difference, summarise
+from mage_ray.evaluation.summary import Interval, Summary, paired_difference, summary_of
 from mage_ray.files import atomic_path
 from mage_ray.folder import StudyFolder
 from mage_ray.progress import shown
@@ -82,10 +82,7 @@ def check(
     with shown(console, "unseen prompts") as progress:
         write_cells(folder, engines, cells, len(study.evaluation.seeds), progress)
     samples = pd.concat(read_cells(folder, cells), ignore_index=True)
-    spec = study.evaluation
-    return summarise(
-        samples, study.objective_names, study.reference_point(), spec.resamples, study.seed, spec.confidence
-    )
+    return summary_of(study, samples)
 
 
 def _with_provenance(space: Space, record: Mapping[str, Any], trials: int, summary: Summary | None) -> Recipe:
