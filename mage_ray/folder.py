@@ -128,14 +128,20 @@ class StudyFolder:
         """A file or folder as users know it: its path, or its URL."""
         return str(place) if self._copy is None else f"{self.place}/{self.name_of(place)}"
 
-    def fetch(self, *places: Path) -> None:
-        """Have on this node what the storage has of these files and folders.
+    def check(self, writing: bool = True) -> None:
+        """Raises UserError, at once, for a storage that can't be reached or, if wanted, mustn't be written to."""
+        if self._copy is not None:
+            self._copy.store.check(writing)
+
+    def fetch(self, *places: Path, patience: float | None = None) -> None:
+        """Have on this node what the storage has of these files and folders, or raise after ``patience`` seconds.
 
         Nothing to do where the folder is a path, which all nodes reach; the same is true of ``publish``. Both raise
         UserError.
         """
         if self._copy is not None and places:
-            self._copy.fetch(*map(self.name_of, places))
+            copy = self._copy if patience is None else Copy(self.place, self._copy.path, patience)
+            copy.fetch(*map(self.name_of, places))
 
     def publish(self, *places: Path) -> None:
         """Have in the storage what was made on this node of these files and folders."""
@@ -168,6 +174,7 @@ class StudyFolder:
     def open(cls, place: Path | str) -> StudyFolder:
         """The folder of a trained study, with what answering takes on this node. Raises UserError."""
         folder = cls(place)
+        folder.check(writing=False)
         answering = (folder.study_file, folder.chosen, folder.normalisation, folder.recipe)
         folder.fetch(*answering, folder.experts, folder.values, folder.baselines)
         return folder
@@ -176,6 +183,7 @@ class StudyFolder:
     def create(cls, path: Path | str, study: Study) -> StudyFolder:
         """The folder for ``study``, made if it isn't there; as ``claim``."""
         folder = cls(path)
+        folder.check()
         folder.claim(study)
         return folder
 
@@ -186,8 +194,6 @@ class StudyFolder:
         ``strategies``, ``analysis``, ``search``, ``compare`` and ``cluster`` may differ from what it was made with, and
         ``values``, ``baselines`` and ``rewards`` may gain entries.
         """
-        if self._copy is not None:
-            self._copy.store.check()
         self.fetch(self.study_file)
         if self.study_file.exists():
             there = load_study(self.study_file)

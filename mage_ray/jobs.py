@@ -45,6 +45,7 @@ def open_study(
         if folder is not None:
             raise UserError(f"--folder: got {folder}, allowed: nothing, since --study is a study folder already")
         place = StudyFolder(study)
+        place.check()
         place.fetch(*place.results)
         return place.study, place
     spec = load_study(study)

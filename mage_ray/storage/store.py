@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +27,10 @@ _PATIENCE = 600.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"}
 """Protocols of storages that have no folders to be made."""
-_OWN_FAULTS = (PermissionError, ImportError, TypeError, ValueError, KeyError)
-"""Errors that no patience helps."""
+_HOPELESS = (PermissionError, ImportError, TypeError, ValueError, KeyError)
+_HOPELESS_NAMES = {"NoCredentialsError", "PartialCredentialsError", "NoRegionError", "InvalidRegionError"}
+"""Errors that no patience helps; botocore's by their names."""
+_LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE}
 
 
 def is_url(place: Path | str) -> bool:
@@ -45,16 +49,20 @@ class Store:
     All methods raise UserError for a request that isn't allowed, and for one that has failed for ``patience`` seconds.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, patience: float | None = None) -> None:
+        self.url, self.patience = url.rstrip("/"), patience
 
-    def check(self) -> None:
-        """Raises UserError, at once, for a storage that can't be reached or mustn't be written to."""
+    def check(self, writing: bool = True) -> None:
+        """Raises UserError, at once, for a storage that can't be reached or, if wanted, mustn't be written to."""
         files, root = self.files
-        name = f"{root}/.written-to-see-whether-it-can-be"
+        name = f"{root}/.{uuid.uuid4().hex}.written-to-see-whether-it-can-be"
         try:
-            self._with_folders(name, lambda: files.pipe_file(name, b""))
-            files.rm_file(name)
+            if writing:
+                self._with_folders(name, lambda: files.pipe_file(name, b""))
+                files.rm_file(name)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    files.info(root)
         except Exception as error:
             raise self._fails(error) from None
 
@@ -94,10 +102,11 @@ class Store:
         """A file of any size; what has been sent of a large one is not sent again after a failure or a kill."""
         files, root = self.files
         path = f"{root}/{name}"
+        # It may be deleted while it waits to be sent; then it is that file which isn't there.
         if here.stat().st_size > 2 * _PART and hasattr(files, "merge"):
             self._send_in_parts(here, path)
         else:
-            self.patiently(lambda: self._with_folders(path, lambda: files.put_file(str(here), path)))
+            self.patiently(lambda: self._with_folders(path, lambda: files.put_file(str(here), path), here))
 
     def delete(self, name: str) -> None:
         """No error where it isn't there."""
@@ -130,12 +139,14 @@ class Store:
         for part in parts:
             self.delete(part)
 
-    def _with_folders(self, path: str, call: Callable[[], Any]) -> None:
-        """Call it; where the folder of ``path`` is missing, make that first."""
+    def _with_folders(self, path: str, call: Callable[[], Any], here: Path | None = None) -> None:
+        """Call it; where the folder of ``path`` is missing (and not the file ``here``), make that first."""
         files, _ = self.files
         try:
             call()
         except FileNotFoundError:
+            if here is not None and not here.exists():
+                raise
             if self.url.partition("://")[0] in _OBJECT_STORES:
                 raise PermissionError(f"there is no {path.partition('/')[0]}") from None
             files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -143,14 +154,17 @@ class Store:
 
     def patiently(self, call: Callable[[], Result]) -> Result:
         """What ``call`` returns, tried again while the storage fails. FileNotFoundError comes through."""
-        late, wait = time.monotonic() + patience(), _FIRST_WAIT
+        late = time.monotonic() + (patience() if self.patience is None else self.patience)
+        wait = _FIRST_WAIT
         while True:
             try:
                 return call()
             except FileNotFoundError:
                 raise
             except Exception as error:
-                if isinstance(error, _OWN_FAULTS) or time.monotonic() + wait > late:
+                if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
+                    raise  # of this node's disk, not of the storage
+                if _is_hopeless(error) or time.monotonic() + wait > late:
                     raise self._fails(error) from None
                 _log.warning("%s fails, trying again in %.3g s: %s", self.url, wait, _reason(error))
             time.sleep(wait)
@@ -158,6 +172,12 @@ class Store:
 
     def _fails(self, error: Exception) -> UserError:
         return UserError(f"{self.url}: {_reason(error)}, allowed: a storage that can be reached, read and written")
+
+
+def _is_hopeless(error: Exception) -> bool:
+    # s3fs tells what a server calls malformed (a bucket's name, a token) as an invalid argument.
+    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
+    return isinstance(error, _HOPELESS) or type(error).__name__ in _HOPELESS_NAMES or invalid
 
 
 def _reason(error: Exception) -> str:

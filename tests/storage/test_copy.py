@@ -164,12 +164,95 @@ def test_killed_anywhere_a_file_is_the_old_one_or_the_new_one(url: str, tmp_path
             outcomes.append(found["file"])
             assert found["file"] in ("old", "the new one")
             assert "folder/mage_ray.json" not in found or "folder/weights" in found
-        # Whoever goes on, goes on from there.
+        # Whoever goes on, on that node or on another, goes on from there.
         one.store.__dict__["files"] = (files, root)
+        if after % 2:
+            one.fetch()
         one.publish()
         other.fetch()
-        assert read(other) == read(one)
+        assert read(other) == read(one) and read(other).keys() == {"file", "folder/weights", "folder/mage_ray.json"}
     assert {"old", "the new one"} == {*outcomes}
+
+
+def test_what_is_ahead_of_the_storage_stays(url: str, tmp_path: Path) -> None:
+    """Two processes of one node: one appends and publishes now and then, the other one looks."""
+    writer, reader = Copy(url, tmp_path / "node"), Copy(url, tmp_path / "node")
+    elsewhere = Copy(url, tmp_path / "elsewhere")
+    write(writer, "metrics", "1\n")
+    writer.publish()
+    reader.fetch()
+    write(writer, "metrics", "1\n2\n")
+    reader.fetch()
+    assert read(reader) == {"metrics": "1\n2\n"}
+    elsewhere.fetch()
+    assert read(elsewhere) == {"metrics": "1\n"}
+    elsewhere.publish()  # which is no news, before and after
+    writer.publish()
+    elsewhere.publish()
+    elsewhere.fetch()
+    assert read(elsewhere) == {"metrics": "1\n2\n"}
+
+
+def test_what_is_published_while_another_process_lists_is_not_dropped(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = Copy(url, tmp_path / "node"), Copy(url, tmp_path / "node")
+    listed = reader._published
+
+    def late(names: Any) -> Any:
+        there = listed(names)
+        write(writer, "experts/new", "just published")
+        writer.publish()
+        return there
+
+    monkeypatch.setattr(reader, "_published", late)
+    reader.fetch()
+    assert read(reader) == {"experts/new": "just published"}
+
+
+@pytest.mark.parametrize("begun", ["", "at first"])
+def test_two_nodes_that_publish_one_file_at_once_leave_one_of_both(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    one, two = Copy(url, tmp_path / "one"), Copy(url, tmp_path / "two")
+    if begun:
+        write(one, "file", begun)
+        one.publish()
+        two.fetch()
+    write(one, "file", "ones")
+    write(two, "file", "twos, which is longer")
+    sent = one.store.write
+
+    def beside(name: str, data: bytes) -> None:
+        sent(name, data)
+        monkeypatch.setattr(one.store, "write", sent)
+        two.publish()
+
+    monkeypatch.setattr(one.store, "write", beside)
+    one.publish()
+    third = Copy(url, tmp_path / "third")
+    third.fetch()
+    assert read(third)["file"] in ("ones", "twos, which is longer")
+    write(one, "file", "and then")
+    one.publish()
+    for copy in (two, third):
+        copy.fetch()
+        assert read(copy) == {"file": "and then"}
+
+
+def test_what_the_storage_has_lost_is_sent_again(url: str, tmp_path: Path) -> None:
+    one, other = Copy(url, tmp_path / "one"), Copy(url, tmp_path / "other")
+    write(one, "rounds/expert", "weights")
+    one.publish()
+    files, root = one.store.files
+    files.rm(root, recursive=True)
+    one.publish()
+    other.fetch()
+    assert read(other) == {"rounds/expert": "weights"}
+    # What is deleted leaves no folder that could be taken for a whole one.
+    one.remove("rounds")
+    other.fetch()
+    assert not (other.path / "rounds").exists() and not (one.path / "rounds").exists()
 
 
 def test_content_that_is_not_what_was_published_is_refused(url: str, tmp_path: Path) -> None:
