@@ -132,7 +132,7 @@ def build(arguments: dict[str, Any]) -> Application:
     options = parse_options(given)
     service = Service.configured(options, {})
     service.check_experts()  # What can't be served is told here, and not by a replica's log.
-    bundles = options.bundles(node_cpus())
+    bundles = options.bundles(node_cpus(options.selectors[0]))
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas is not None:
         scale = {

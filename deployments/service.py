@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,14 @@ from mage_ray.decoding.methods import EXPLICIT, KNOWN, Strength, plan_for, plann
 from mage_ray.decoding.plan import Plan
 from mage_ray.decoding.request import Request, Sampling
 from mage_ray.decoding.seeds import derived_seed
-from mage_ray.errors import FieldError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
 from mage_ray.generator import bank_setup, load_experts, needed_sets, set_digests
 from mage_ray.models import load_tokenizer, tokenizer_fingerprint
+from mage_ray.objectives.reward import RECORDS
 from mage_ray.preference import Preference, named_preference
 from mage_ray.search.recipe import load_recipe
+from mage_ray.storage.store import is_url
 
 DEFAULT_METHOD = "mage-i-m"
 """Where no recipe says another one."""
@@ -115,7 +118,7 @@ class Service:
     def parts(self) -> list[Part]:
         """What its gang's workers load."""
         options = self.options
-        cpus = [int(bundle.get("CPU", 1)) for bundle in options.bundles(node_cpus())]
+        cpus = [int(bundle.get("CPU", 1)) for bundle in options.bundles(node_cpus(options.selectors[0]))]
         guides = self._guides or self
         services = [self, *[guides] * (len(cpus) - 1)]
         return [
@@ -225,7 +228,7 @@ class Service:
         return {
             "object": "objectives",
             "study": study.name,
-            "model": study.model if not Path(study.model).is_absolute() else Path(study.model).name,
+            "model": Path(study.model).name if is_url(study.model) or Path(study.model).is_absolute() else study.model,
             "objectives": [
                 {"name": name, "type": spec.type, "direction": "maximise" if sign > 0 else "minimise"}
                 for (name, spec), sign in zip(study.objectives.items(), signs, strict=True)
@@ -275,7 +278,9 @@ class Service:
         """What ``/v1/front`` says: the evaluated front of each method with the study's own constants, as the report."""
         from mage_ray.evaluation.evaluate import evaluated_front
 
-        self.folder.fetch(self.folder.evaluation)
+        scored_by = [self.folder.rewards / name / file for name in self.study.reward_models for file in RECORDS]
+        with suppress(UserError):  # what was there the last time
+            self.folder.fetch(self.folder.evaluation, *scored_by, patience=0)
         methods = evaluated_front(self.folder.study, self.folder)
         note = "" if self.recipe is None else "with the study's own constants, not those of the recipe that is served"
         note = note if methods else "this study was not evaluated"
@@ -292,12 +297,14 @@ class Service:
         }
 
 
-def node_cpus() -> int:
-    """CPUs of the largest node."""
+def node_cpus(labels: Mapping[str, str]) -> int:
+    """CPUs of the largest node that has these labels. Raises UserError where none has."""
     import os
 
     import ray
 
+    from mage_ray.cluster import nodes_with
+
     if not ray.is_initialized():
         return os.cpu_count() or 1
-    return int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+    return int(max(node.get("CPU", 0) for node in nodes_with(labels))) or 1

@@ -141,7 +141,10 @@ class RowWorker:
         from mage_ray.generator import load_experts, load_rows, set_digests
 
         torch.set_num_threads(part.threads)
-        folder = StudyFolder.open(part.study)
+        folder = StudyFolder(part.study)
+        # A worker that is replaced while the storage fails finds what the one before it has fetched.
+        if not self._is_here(folder, part):
+            folder = StudyFolder.open(part.study)
         study = folder.study
         device = "cuda" if torch.cuda.is_available() else "cpu"
         experts = load_experts(folder, study, list(part.sets))
@@ -150,6 +153,18 @@ class RowWorker:
                 allowed = "those that its gang began with; a reload serves the new ones"
                 raise UserError(f"{folder.place}: got other experts {name}, allowed: {allowed}")
         self._runner, self._chat = load_rows(study, experts, part.rows, part.length, memory=part.memory, device=device)
+
+    @staticmethod
+    def _is_here(folder: Any, part: Part) -> bool:
+        """Whether this node has the experts already."""
+        from mage_ray.errors import UserError
+        from mage_ray.generator import set_digests
+
+        try:
+            study = folder.study
+            return all(set_digests(folder, study, name) == digests for name, digests in part.sets.items())
+        except UserError:
+            return False
 
     def _facts(self) -> WorkerFacts:
         import ray

@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, help="(default: the recipe's, or 1)")
     generate.add_argument("--seed", type=int, default=0)
 
+    remove = verb(
+        "remove", _remove, "Delete parts of a study's folder, wherever they lie; what makes them makes them anew."
+    )
+    remove.add_argument("--study", required=True, help="a study's folder")
+    remove.add_argument("part", nargs="+", help="values/final-helpful, evaluation …")
+
     export = verb("export", _export, "Merge experts into one PEFT adapter, or into full weights.")
     export.add_argument("--expert", action="append", metavar="DIR", help="a PEFT adapter; once for each expert")
     export.add_argument("--coefficients", help="one number for each expert: --coefficients=1.75,-0.75")
@@ -204,6 +210,12 @@ def _generate(options: argparse.Namespace) -> None:
     ):
         print(piece, end="", flush=True)
     print()
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from mage_ray import jobs
+
+    jobs.remove(jobs.open_study(options.study)[1], options.part)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -175,9 +175,13 @@ class StudyFolder:
         """The folder of a trained study, with what answering takes on this node. Raises UserError."""
         folder = cls(place)
         folder.check(writing=False)
-        answering = (folder.study_file, folder.chosen, folder.normalisation, folder.recipe)
-        folder.fetch(*answering, folder.experts, folder.values, folder.baselines)
+        folder.fetch(*folder._answering)
         return folder
+
+    @property
+    def _answering(self) -> list[Path]:
+        files = [self.study_file, self.chosen, self.normalisation, self.recipe]
+        return [*files, self.experts, self.values, self.baselines]
 
     @classmethod
     def create(cls, path: Path | str, study: Study) -> StudyFolder:

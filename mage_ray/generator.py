@@ -17,7 +17,7 @@ from mage_ray.decoding.request import Generation, Request, Sampling
 from mage_ray.decoding.runner import RowRunner
 from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
-from mage_ray.merging.adapter import Adapter, load_adapter, load_value_model
+from mage_ray.merging.adapter import WEIGHTS_FILE, Adapter, load_adapter, load_value_model
 from mage_ray.merging.bank import AdapterBank
 from mage_ray.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from mage_ray.preference import check_preference, named_preference
@@ -191,7 +191,7 @@ def needed_sets(folder: StudyFolder, study: Study) -> list[str]:
 
 def is_trained(folder: StudyFolder, study: Study, name: str) -> bool:
     """Whether all experts of a set are there."""
-    return all(place.is_dir() for place in set_places(folder, study, name))
+    return all((place / WEIGHTS_FILE).is_file() for place in set_places(folder, study, name))
 
 
 def bank_setup(study: Study, sets: Sequence[str]) -> Setup:

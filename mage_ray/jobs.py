@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
+from mage_ray.storage.downloads import local_path
 from mage_ray.storage.store import is_url
 from mage_ray.study import Study, load_study
 
@@ -39,7 +40,7 @@ def open_study(
     With a ``seed`` a file's study has this one in place of its own, and ``-<seed>`` in its name. Raises UserError when
     neither is there, or when the folder was made for another study.
     """
-    if is_url(study) or Path(study).is_dir():
+    if (is_url(study) and not str(study).endswith((".yaml", ".yml"))) or Path(study).is_dir():
         if seed is not None:
             raise UserError(f"--seed: got {seed}, allowed: nothing, since --study is a study folder already")
         if folder is not None:
@@ -48,7 +49,7 @@ def open_study(
         place.check()
         place.fetch(*place.results)
         return place.study, place
-    spec = load_study(study)
+    spec = load_study(local_path(study))
     if seed is not None:
         if seed < 0:
             raise FieldError("--seed", seed, "a whole number, 0 or more")
@@ -227,7 +228,7 @@ def compare(
     from mage_ray.comparison.results import COMPARED, agreement, read_comparison
     from mage_ray.comparison.run import RESULT, compare_study
 
-    other = None if against is None else read_comparison(Path(against), study)
+    other = None if against is None else read_comparison(local_path(against), study)
     start = time.monotonic()
     with _working_on(folder):
         content = compare_study(study, folder, console, fresh, _facts(study))
@@ -255,6 +256,17 @@ def analyse(study: Study, folder: StudyFolder, names: Sequence[str], console: Co
             write_section(study, folder, made, facts)
             print_tables(made.tables, console)
     console.print(f"analyses: {folder.shown(folder.report / 'analyses.html')}", highlight=False, soft_wrap=True)
+
+
+def remove(folder: StudyFolder, parts: Sequence[str]) -> None:
+    """Delete these parts of a study's folder, here and in its storage. Raises FieldError for what is no part of it."""
+    places = [folder.path / part for part in parts]
+    for part, place in zip(parts, places, strict=True):
+        if not any(place.is_relative_to(result) for result in folder.results[1:]) or ".." in place.parts:
+            raise FieldError("part", part, "what lies in a study's folder beside study.yaml: values/final-helpful, say")
+        if not place.exists():
+            raise FieldError("part", part, "what is there")
+    folder.remove(*places)
 
 
 def _facts(study: Study) -> dict[str, str]:

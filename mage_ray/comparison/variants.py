@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHUFFLED = "shuffled"
+_POOL = "shard-00000.parquet"
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,11 @@ def _variant(study: Study, folder: StudyFolder, name: str, methods: Sequence[str
 def train_variant(variant: Variant, study: Study, folder: StudyFolder, console: Console | None) -> None:
     """Train what is missing of a variant on the study's pool. Ray must be connected. Raises UserError."""
     variant.folder.claim(variant.study)
-    if not variant.folder.rollouts.exists():
+    if not (variant.folder.rollouts / _POOL).exists():
         _shuffle_rewards(study, folder, variant.folder.rollouts)
+        # With the normalisation last, by which a pool is told.
+        variant.folder.publish(variant.folder.rollouts / _POOL)
+        variant.folder.publish(variant.folder.rollouts)
     train_experts(variant.study, variant.folder, console)
 
 
@@ -138,5 +142,5 @@ def _shuffle_rewards(study: Study, folder: StudyFolder, rollouts: Path) -> None:
     pool[columns] = pool[columns].to_numpy()[order]
     with atomic_path(rollouts) as partial:
         partial.mkdir()
-        pool.to_parquet(partial / "shard-00000.parquet")
+        pool.to_parquet(partial / _POOL)
         shutil.copyfile(folder.normalisation, partial / folder.normalisation.name)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mage_ray.errors import FieldError
 from mage_ray.objectives.base import describe_error
+from mage_ray.storage.downloads import local_path
+from mage_ray.storage.store import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ def load_model(auto_class: Any, source: str, field: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
+    source = str(local_path(source)) if is_url(source) else source
     if not Path(source).expanduser().is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FieldError(field, source, "a folder that exists, or a hub id such as owner/model")
     source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source

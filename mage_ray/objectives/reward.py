@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mage_ray.folder import StudyFolder
 
 
+RECORDS = ("mage_ray.json", "quality.json")
+
+
 def load_reward(
     folder: StudyFolder | None,
     field: str = "objectives.reward",
@@ -55,7 +58,7 @@ def reward_digests(folder: StudyFolder, models: Iterable[str]) -> dict[str, str]
     found = {}
     for name in models:
         with suppress(OSError):
-            records = [(folder.rewards / name / file).read_bytes() for file in ("mage_ray.json", "quality.json")]
+            records = [(folder.rewards / name / file).read_bytes() for file in RECORDS]
             found[name] = hashlib.sha256(b"\n".join(records)).hexdigest()[:12]
     return found
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from mage_ray.search.space import Space
 
+_BEGUN = "begun"
+"""In search.json, what tells a search from one of the same settings that was forgotten."""
 _WAITING: dict[str, float] = {"memory": 64 * 2**20}
 """What a trial takes: the engines have the CPUs, and a trial that asked for none at all would be refused."""
 _SNAPSHOT_SECONDS = "1"
@@ -92,7 +95,7 @@ def _claim(space: Space, folder: StudyFolder, resume: bool) -> None:
     }
     if not place.exists():  # with resume, too: there is nothing to go on with
         folder.remove(folder.search / "tune")
-        write_atomic(place, json.dumps(ours, indent=1) + "\n")
+        write_atomic(place, json.dumps({**ours, _BEGUN: uuid.uuid4().hex}, indent=1) + "\n")
         folder.publish(place)
         return
     if not resume:
@@ -147,8 +150,12 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
 
     trainable = tune.with_resources(trial, _WAITING)
     forget_failures(folder)
+    # What Tune has saved lies on the node that it ran on, perhaps of a search that was forgotten elsewhere.
+    begun = json.loads((folder.search / "search.json").read_text()).get(_BEGUN)
+    saved_by = folder.search / ".saved-by"
+    ours = (saved_by.read_text() if saved_by.exists() else None) == begun
     # A search that was given up has no reports left, and Tune takes it for an ended one.
-    going_on = read_records(folder) and tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place)
+    going_on = ours and read_records(folder) and tune.Tuner.can_restore(str(place)) and tuning.is_readable(space, place)
 
     def restored() -> tune.Tuner:
         recount(str(place))
@@ -159,6 +166,7 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     else:
         # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.
         folder.remove(place)
+        write_atomic(saved_by, str(begun))
         halving = spec.rungs > 1
         tune_config = tune.TuneConfig(
             metric=spec.metrics[0] if halving else None,
@@ -202,9 +210,10 @@ def _polled(folder: StudyFolder, trials: int, progress: Progress | None) -> Iter
     def poll() -> None:
         told = -1
         while progress is not None:
-            if (tried := min(len(read_records(folder)), trials)) != told:
-                progress(tried, trials)
-                told = tried
+            with suppress(UserError):  # the trials will say it
+                if (tried := min(len(read_records(folder, patience=0)), trials)) != told:
+                    progress(tried, trials)
+                    told = tried
             if over.wait(1):
                 return
 

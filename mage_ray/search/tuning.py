@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from mage_ray.errors import FieldError
+from mage_ray.errors import FieldError, UserError
 from mage_ray.folder import StudyFolder
 from mage_ray.search.pymoo_search import PymooSearch
 from mage_ray.search.saved import agree, saved_trials
@@ -202,5 +202,8 @@ class GivesUp(tune.Stopper):
         if time.monotonic() < self._looked + _LOOKS_EVERY:  # asked at every turn of Tune's loop
             return False
         self._looked = time.monotonic()
-        records = read_records(self._folder)
+        try:
+            records = read_records(self._folder, patience=0)
+        except UserError:  # the trials will say it
+            return False
         return len(records) >= _FAILURES and all("error" in record for record in records)

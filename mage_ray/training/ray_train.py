@@ -104,11 +104,18 @@ def fit_all(
     def refresh() -> None:
         for run in runs:
             with suppress(UserError):  # the training will say it
-                run.home.fetch(run.metrics)
+                run.home.fetch(run.metrics, patience=0)
 
-    with shown(console, watched, refresh), ThreadPoolExecutor(at_once) as threads:
-        for future in [threads.submit(work, run) for run in runs]:
-            future.result()
+    with shown(console, watched, refresh):
+        threads = ThreadPoolExecutor(at_once)
+        try:
+            for future in [threads.submit(work, run) for run in runs]:
+                future.result()
+        except BaseException:
+            # They end when Ray does, which is soon; to wait for them first would be to train to the end.
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        threads.shutdown()
     if failures:
         raise failures[0]
 

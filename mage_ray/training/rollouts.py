@@ -104,9 +104,14 @@ def sample_pool(
         labels=study.cluster.selector,
         on_progress=counted(progress, total - left, total),
     )
+    if lost := [file for file, _ in shards if not (place / file).exists()]:
+        raise UserError(
+            f"{folder.shown(place)}: {len(lost)} shards are missing, {lost[0]} for one; the same command makes them"
+        )
     if round == 0 and not folder.normalisation.exists():
         if scored_by := reward_digests(folder, study.reward_models):
             write_atomic(folder.rollouts / _SCORED_BY, json.dumps(scored_by) + "\n")
+            folder.publish(folder.rollouts)
         _fit_normalisation(study, folder)
         folder.publish(folder.rollouts)
     return load_pool(folder, study, place)
