@@ -91,7 +91,7 @@ def test_the_readme_lists_every_config_and_every_option_with_its_default() -> No
     assert sorted(re.findall(r"^\| `(\w+\.yaml)`", README, re.MULTILINE)) == [path.name for path in CONFIGS]
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| \S", README, re.MULTILINE)
     expected = {
-        name: "required" if field.is_required() else "none" if field.default is None else str(field.default)
+        name: "required" if field.is_required() else "none" if field.default is None else str(field.default).lower()
         for name, field in Options.model_fields.items()
     }
     assert dict(rows) == expected
