@@ -11,7 +11,7 @@ from mage_ray.errors import FieldError
 TOLERANCE = 1e-3
 """How far a preference's sum may be from 1; within it, the preference is divided by its sum."""
 
-# The 13 points that the Bone Soup reference code evaluates for three objectives (METHOD.md section 6).
+# The 13 points that the Bone Soup reference code evaluates for three objectives (docs/method.md).
 _PAPER_GRID_3 = (
     (1, 0, 0), (0, 1, 0), (0, 0, 1),
     (.1, .1, .8), (.1, .8, .1), (.8, .1, .1),
@@ -75,7 +75,7 @@ def preference_grid(objectives: int, points: int | None = None, field: str = "ev
     """A grid on the simplex of ``objectives`` corners.
 
     ``points`` None gives the grids of the Bone Soup reference code: 11 points for two objectives, 13 for three
-    (METHOD.md section 6), and steps of a quarter beyond. Otherwise ``points`` is the number of equal divisions of an
+    (docs/method.md), and steps of a quarter beyond. Otherwise ``points`` is the number of equal divisions of an
     edge plus one, so for two objectives the number of points. Order: for two objectives from the second's corner to
     the first's.
 

@@ -297,7 +297,7 @@ class StrategySpec(Part):
 class EvaluationSpec(SamplingSpec):
     methods: list[str] = Field(default_factory=lambda: [m for m in METHODS if m not in EXPLICIT], min_length=1)
     grid: int | list[list[float]] | None = None
-    """Points along an edge, the preferences themselves, or null for the grids of METHOD.md section 6."""
+    """Points along an edge, the preferences themselves, or null for the grids of docs/method.md."""
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     reference_point: float | list[float] = -2.0
     """Of the hypervolume, in normalised rewards (the reference model: mean 0, standard deviation 1)."""

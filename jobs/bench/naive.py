@@ -66,7 +66,7 @@ class NaiveReference:
     def shortfall(self, plan: Plan, prompts: Sequence[Prompt], made: Sequence[Sequence[int]]) -> torch.Tensor:
         """By how much each token's score is below the best one's, in nats, [Q, T]; infinite outside the candidates.
 
-        The score is ``sum_r w_r S_r`` on the most likely tokens of the first row (METHOD.md section 3), ``S_r`` a
+        The score is ``sum_r w_r S_r`` on the most likely tokens of the first row (docs/method.md), ``S_r`` a
         policy's log-probability or a value model's value; what it lacks of a constant for each state changes no choice.
         """
         device = self._models.reference.device

@@ -1,4 +1,4 @@
-"""Which guide goes with which base: a value learnt on one model's answers is a biased guide of another (METHOD.md 2).
+"""Which guide goes with which base: a value learnt on one model's answers misleads another one (docs/method.md).
 
 Bases: the reference, Rewarded Soup, Bone Soup. Guides: none, implicit and explicit ones, merged and ensembled.
 """

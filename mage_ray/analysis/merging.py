@@ -1,6 +1,6 @@
 """Merging against ensembling: how far apart their guides are, over the size of the experts' deltas.
 
-With every delta scaled by s, ``f`` a log-probability or a value, and ``dbar = sum_i lam_i d_i`` (METHOD.md section 3):
+With every delta scaled by s, ``f`` a log-probability or a value, and ``dbar = sum_i lam_i d_i`` (docs/method.md):
 
     f(theta_0 + s dbar) - sum_i lam_i f(theta_0 + s d_i) = s^2/2 [dbar' H dbar - sum_i lam_i d_i' H d_i] + O(s^3)
 

@@ -84,7 +84,7 @@ class Drawer:
 def guide_score(
     outputs: Outputs, draw: Draw, token: int, place: int, ids_1C: torch.Tensor | None, allowed_C: torch.Tensor
 ) -> float:
-    """The guide's score of one token, ``sum_r values[r] * S_r(token)`` (METHOD.md section 2).
+    """The guide's score of one token, ``sum_r values[r] * S_r(token)`` (docs/method.md).
 
     ``S_r`` is a policy's log-probability over the whole vocabulary, or a value less its mean over the candidates.
     """

@@ -214,7 +214,7 @@ GUIDES: dict[str, Callable[[Vector, Setup], Terms]] = {
     "explicit-ensembled": _explicit_ensembled,
 }
 """The rows of a guide and their weights: the log-ratio of experts to the reference, or the values of value models,
-whose parameters (a value model's head included) or whose scores are mixed by ``lam`` (METHOD.md section 2)."""
+whose parameters (a value model's head included) or whose scores are mixed by ``lam`` (docs/method.md)."""
 
 
 def steered(base: str, guide: str | None, mu: Vector, setup: Setup) -> Plan:
@@ -232,7 +232,7 @@ def _steered(base: Vector, guide: Callable[[Vector, Setup], Terms], mu: Vector, 
 
 
 def extrapolated_soup(mu: Vector, setup: Setup) -> Plan:
-    """The base's soup pushed away from the reference: ``(1 + alpha . mu) lam(mu)`` (METHOD.md section 1)."""
+    """The base's soup pushed away from the reference: ``(1 + alpha . mu) lam(mu)`` (docs/method.md)."""
     return Plan.of([(setup.base_coefficients(mu, setup.extrapolation), 1.0)])
 
 

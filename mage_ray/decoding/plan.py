@@ -1,4 +1,4 @@
-"""Rows and plans: every decode-time method is a weighted list of rows (METHOD.md section 3).
+"""Rows and plans: every decode-time method is a weighted list of rows (docs/method.md).
 
 A *row* is one forward of the model under one coefficient vector over the adapter bank. A *plan* says which rows a
 request runs and how their log-probabilities are added up. Which rows a method has is in ``methods.py``.
@@ -139,7 +139,7 @@ class Plan:
         candidates: int | None = None,
         valued: bool = False,
     ) -> Plan:
-        """The base plus ``strength`` times the guide's terms (METHOD.md section 2): ``log pi_base + w * G``.
+        """The base plus ``strength`` times the guide's terms (docs/method.md): ``log pi_base + w * G``.
 
         At strength 0 no guide row runs, unless ``valued`` asks for the guide's scores all the same.
         """

@@ -33,7 +33,7 @@ class Combination:
 
 
 def guided_logprobs(outputs: Outputs, how: Combination) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``sum_r weight_r S_r(a)``, normalised over each request's candidates (METHOD.md section 2).
+    """``sum_r weight_r S_r(a)``, normalised over each request's candidates (docs/method.md).
 
     ``S_r`` is a row's log-probability, or a value model's value. Returns log-probabilities [Q, C] in the scores' dtype
     (float32 at least) and the candidates' token ids [Q, C], None when all tokens are candidates, in which case C = V. A

@@ -1,4 +1,4 @@
-"""What a set of points says about a method, and what a set of texts says about its language (METHOD.md section 6).
+"""What a set of points says about a method, and what a set of texts says about its language (docs/method.md).
 
 ``points_MN``: M points of N objectives, bigger is better. ``preferences_MN``: the preference that each point answers
 to. Every measure of points also takes leading batch axes (``[..., M, N]``) and returns ``[...]``: the bootstrap needs
@@ -59,7 +59,7 @@ def hypervolume(points_MN: ArrayLike, reference_point_N: ArrayLike) -> Floats:
 
 
 def inner_product(preferences_MN: ArrayLike, points_MN: ArrayLike) -> Floats:
-    """``mean_j <mu^j, f^j>``: what the users who asked got, weighed as they asked (METHOD.md section 6)."""
+    """``mean_j <mu^j, f^j>``: what the users who asked got, weighed as they asked (docs/method.md)."""
     product = np.asarray(preferences_MN, dtype=np.float64) * _points(points_MN)
     return product.sum(-1).mean(-1)
 
@@ -69,7 +69,7 @@ def controllability(preferences_MN: ArrayLike, points_MN: ArrayLike) -> Floats:
 
     Pairs whose weights ``mu_i`` are equal ask for no order and don't count. Points that tie in ``f_i`` count as
     wrong: the user moved the weight and nothing happened. Chance is 1/2. ``nan`` when no pair counts (one point,
-    say). Source: METHOD.md section 6; the paper's own formula was not seen.
+    say). Source: docs/method.md; the paper's own formula was not seen.
     """
     preferences, points = np.asarray(preferences_MN, dtype=np.float64), _points(points_MN)
     asked = (

@@ -1,4 +1,4 @@
-"""From single generations to measures with intervals: can two methods be told apart? (METHOD.md section 6)
+"""From single generations to measures with intervals: can two methods be told apart? (docs/method.md)
 
 Intervals come from a **cluster bootstrap over prompts**: a resample draws prompts with replacement and takes all
 seeds of a drawn prompt along, which carries the variance of prompts and of seeds alike. One resample is shared by all

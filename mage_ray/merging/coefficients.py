@@ -1,4 +1,4 @@
-"""From a preference to merging coefficients (METHOD.md section 1). Pure float64 functions.
+"""From a preference to merging coefficients (docs/method.md). Pure float64 functions.
 
 Legend: n objectives, B [n, n] the backbone rewards' mix (row i is backbone i's reward over the objectives),
 mu [n] a preference, lam [n] the coefficients of the backbones' deltas.
@@ -19,7 +19,7 @@ MAX_CONDITION = 1e6
 
 
 def circulant_mix(n: int, beta: float) -> np.ndarray:
-    """Bone Soup's mix: ``beta`` on the diagonal and ``(1 - beta) / (n - 1)`` off it, [n, n] (METHOD.md section 1).
+    """Bone Soup's mix: ``beta`` on the diagonal and ``(1 - beta) / (n - 1)`` off it, [n, n] (docs/method.md).
 
     Raises FieldError when beta is outside (0, 1] or so near 1/n that the mix is singular.
     """
@@ -57,7 +57,7 @@ def merging_coefficients(mix: np.ndarray, preference: Vector) -> np.ndarray:
 
 
 def extrapolated(coefficients: np.ndarray, preference: Vector, alpha: Vector) -> np.ndarray:
-    """``(1 + alpha . mu) lam``: theta(mu) pushed away from the reference (METHOD.md section 1).
+    """``(1 + alpha . mu) lam``: theta(mu) pushed away from the reference (docs/method.md).
 
     alpha [n] is one extrapolation per corner, mixed linearly over the preference.
     """
@@ -65,5 +65,5 @@ def extrapolated(coefficients: np.ndarray, preference: Vector, alpha: Vector) ->
 
 
 def noise_amplification(coefficients: np.ndarray) -> float:
-    """``||lam||_1``, the factor by which the experts' noise is amplified (METHOD.md section 1)."""
+    """``||lam||_1``, the factor by which the experts' noise is amplified (docs/method.md)."""
     return float(np.abs(coefficients).sum())

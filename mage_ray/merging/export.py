@@ -1,4 +1,4 @@
-"""A soup as files: a plain PEFT adapter by concatenation, or merged full weights. Both exact (METHOD.md section 4)."""
+"""A soup as files: a plain PEFT adapter by concatenation, or merged full weights. Both exact (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mage_ray.merging.value_head import merged_head
 
 
 def soup(experts: Sequence[Adapter], coefficients: Sequence[float], name: str = "soup") -> Adapter:
-    """The adapter whose delta is ``sum_i lam_i s_i B_i A_i``, by concatenating ranks (METHOD.md section 4, exact).
+    """The adapter whose delta is ``sum_i lam_i s_i B_i A_i``, by concatenating ranks (docs/method.md, exact).
 
     Experts of coefficient 0 are left out. Raises FieldError: a coefficient that isn't finite, all of them 0, another
     number of coefficients than experts, or experts of different bases.

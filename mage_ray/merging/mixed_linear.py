@@ -1,4 +1,4 @@
-"""The per-row mix of stacked experts: one batch, any number of preferences, no weight copies (METHOD.md section 4).
+"""The per-row mix of stacked experts: one batch, any number of preferences, no weight copies (docs/method.md).
 
 Linears of one input are one product, and their experts' ``down`` matrices are more rows of the same weight: beyond the
 bare model, a group of linears costs one scaling and one small product for each member.
@@ -105,7 +105,7 @@ class SharedInput:
 
     A_j [R_j, i] stacks the ``down`` of all experts of member j. To the part of member j is added
     ``B_j diag(coefficient * scale) A_j x``, so that each equals the full merge ``W + sum_k lam_k s_k B_k A_k`` exactly,
-    whatever the ranks (METHOD.md section 4). Derived; the stacking is plain linear algebra.
+    whatever the ranks (docs/method.md). Derived; the stacking is plain linear algebra.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class PackedLinears:
     """``y_j = W_j x + b_j + B_j diag(d_j) A_j x`` of all members j of a group, beside each other.
 
     ``factors`` of each member by expert; their ranks are stacked in that order, member by member, in ``d``. The
-    weights are copied. Source: METHOD.md section 4; the layout is derived.
+    weights are copied. Source: docs/method.md; the layout is derived.
     """
 
     def __init__(

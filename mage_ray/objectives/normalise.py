@@ -21,7 +21,7 @@ _NOISE = 1e-9
 class Normaliser:
     """``normalised = (sign * raw - mean) / std``: bigger is always better, the reference model has mean 0 and std 1.
 
-    Fitted once, on the reference model's rollouts; all methods of a comparison share it (METHOD.md section 6).
+    Fitted once, on the reference model's rollouts; all methods of a comparison share it (docs/method.md).
     All fields have length M, in the order of ``names``. ``sign`` is 1 for an objective to maximise and -1 for one to
     minimise; ``mean`` and ``std`` (population, ddof 0) are those of ``sign * raw``.
     """

@@ -42,7 +42,7 @@ class Pair:
 
 
 def mixed_reward(pool: DataFrame, weights: Mapping[str, float]) -> np.ndarray:
-    """``h = sum_k b_k r_k`` for each row of the pool, float64 [rows] (METHOD.md section 1).
+    """``h = sum_k b_k r_k`` for each row of the pool, float64 [rows] (docs/method.md).
 
     ``weights`` is a row of the mix B by the objectives' names.
     """
@@ -81,7 +81,7 @@ def modpo_weights(weights: Mapping[str, float]) -> tuple[dict[str, float], dict[
     """Whose pairs MODPO trains on at a preference, and the other objectives' weights ``w_j / w_k`` in their margin.
 
     MODPO's logit is ``(1 / w_k) [beta (log-ratio difference) - sum_j!=k w_j (difference in r_j)]`` on the pairs of one
-    objective k (arXiv:2310.03708, METHOD.md section 5), for any k of weight above 0. The authors' code keeps the same
+    objective k (arXiv:2310.03708, docs/method.md), for any k of weight above 0. The authors' code keeps the same
     k for all preferences, which leaves out those where its weight is 0 and blows up the logit where it is next to
     that. Here every objective has pairs in the pool, so k is the one that weighs most, the first of equals: 1 / w_k is
     n at most, and at a corner this is DPO on its objective.

@@ -91,8 +91,8 @@ def targets(value_BT: torch.Tensor, reward_B: torch.Tensor, lam: float | None) -
     """What ``V`` should be after each token, [B, T]: the final reward, or TD(lambda)'s return with ``value_BT``.
 
     The reward comes with the last token, undiscounted: ``G_S = r`` and
-    ``G_t = (1 - lambda) V(s_{t+1}) + lambda G_{t+1}``, with r in place of the last state's value (VAS; METHOD.md
-    section 5). Answers end with the last position; what is before their prompt's last token is of no use.
+    ``G_t = (1 - lambda) V(s_{t+1}) + lambda G_{t+1}``, with r in place of the last state's value (VAS). Answers
+    end with the last position; what is before their prompt's last token is of no use.
     """
     if lam is None:
         return reward_B[:, None].expand_as(value_BT)

@@ -1,7 +1,7 @@
 """Guidance by exact values on a task that dynamic programming solves: what is sampled is the KL-regularised optimum.
 
 Answers of three tokens out of four; every prefix has logits and a value of its own. The optimum of
-``E[r] - eta KL(pi || pi_base)`` over whole answers is ``pi*(y) ~ pi_base(y) exp(r(y) / eta)`` (METHOD.md section 2).
+``E[r] - eta KL(pi || pi_base)`` over whole answers is ``pi*(y) ~ pi_base(y) exp(r(y) / eta)`` (docs/method.md).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_a_base_may_be_extrapolated_mapped_and_guided_by_objective() -> None:
 
 
 def test_equal_rows_become_one() -> None:
-    """Base and guide alike: two rows with weights 1 + w and -w (METHOD.md section 3)."""
+    """Base and guide alike: two rows with weights 1 + w and -w (docs/method.md)."""
     plan = plan_for("mage-i-m", MU, setup(strength=1.5, guide="bone"))
     assert terms(plan) == {(0.75, 0.25, 0, 0): 2.5, (0, 0, 0, 0): -1.5}
 

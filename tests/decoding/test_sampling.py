@@ -30,7 +30,7 @@ def combination(plans: list[list[float]], candidates: list[int] | None = None) -
 
 
 def formula(logits_RV: np.ndarray, weights: list[float], k: int | None) -> dict[int, float]:
-    """Token to guided log-probability: METHOD.md section 2 written out, in float64."""
+    """Token to guided log-probability: docs/method.md written out, in float64."""
     logits = logits_RV.astype(np.float64)
     logprobs = (
         logits
@@ -122,7 +122,7 @@ def test_one_requests_veto_leaves_the_others_alone() -> None:
 
 
 def test_linear_softmax_merging_and_ensembling_agree_to_rounding() -> None:
-    """METHOD.md section 3: for logits linear in the parameters, the second-order difference is exactly 0."""
+    """docs/method.md: for logits linear in the parameters, the second-order difference is exactly 0."""
     dice = np.random.default_rng(0)
     features, theta_0, deltas = dice.normal(size=(7, 6)), dice.normal(size=(6, V)), dice.normal(size=(3, 6, V))
     lam = np.array([1.75, -0.95, 0.2])  # sums to 1

@@ -1,7 +1,7 @@
 """Trained values against those of a task that is solved exactly: three letters out of four, drawn from a tiny model.
 
 A value model learns ``V(s) = E_base[f(r) | s]``. With ``f(r) = exp(r / eta)`` that is the exponential of the soft value
-``V*(s) / eta`` of the KL-regularised optimum ``pi*(y) ~ pi_base(y) exp(r(y) / eta)`` (METHOD.md section 2).
+``V*(s) / eta`` of the KL-regularised optimum ``pi*(y) ~ pi_base(y) exp(r(y) / eta)`` (docs/method.md).
 """
 
 from __future__ import annotations

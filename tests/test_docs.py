@@ -1,0 +1,87 @@
+"""The pages of docs/: the tutorial is followed word for word, on a tiny model, and links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clusters import free_port
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "deployments").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")]
+TUTORIAL = (DOCS / "tutorial.md").read_text()
+
+
+def headings(page: Path) -> set[str]:
+    """As anchors."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in headings(there), target
+
+
+@pytest.mark.slow
+def test_the_tutorial_is_true(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for name, text in re.findall(r"`(\w+\.\w+)`:\n\n```\w+\n(.*?)```", TUTORIAL, re.DOTALL):
+        (tmp_path / name).write_text(text)
+    assert {path.name for path in tmp_path.iterdir()} == {"questions.py", "prompts.jsonl", "study.yaml"}
+    study = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"model": str(tiny_model_folder)}))
+    commands = [
+        shlex.split(line)
+        for block in re.findall(r"```sh\n(.*?)```", TUTORIAL, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    *jobs, serve, ask = commands
+    assert [job[1] for job in jobs] == ["train", "evaluate", "search", "generate", "export"]
+    for command, *arguments in jobs:
+        assert command == "mage-ray"
+        done = subprocess.run(
+            [sys.executable, "-m", "mage_ray", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/asking/report/index.html").exists() and (tmp_path / "runs/asking/recipe.yaml").exists()
+    assert (tmp_path / "asking-mostly" / "adapter_model.safetensors").exists()
+
+    assert serve[:3] == ["python", "-m", "deployments.local"] and ask[0] == "curl"
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, *serve[1:], "--port", str(port)],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        said = iter(server.stdout.readline, "")
+        assert any("playground" in line for line in said)
+        asked = subprocess.run([part.replace(":8000/", f":{port}/") for part in ask], capture_output=True, timeout=120)
+        assert json.loads(asked.stdout)["mage"]["preference"] == {"asking": 0.8, "short": 0.2}
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
