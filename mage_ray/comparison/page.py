@@ -116,6 +116,8 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
                 gain = difference(content, label, plain, measure)
                 better = gain["low"] is not None and gain["low"] > 0
                 answer = "BETTER: something else than the rewards gains" if better else "no better, as it should be"
+                if better and measure == "hypervolume" and plain == "reference" and CHANCE[0] in methods:
+                    answer = "above a single point, as chance alone can be"
                 told.append(f"Control: {label} minus {plain}, {_LABELS[measure]}: {_interval(gain)}, {answer}.")
     return told
 

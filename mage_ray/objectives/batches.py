@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mage_ray.errors import FieldError
 from mage_ray.objectives.base import describe_error
+from mage_ray.quiet import quiet_transformers
 from mage_ray.storage.downloads import local_path
 from mage_ray.storage.store import is_url
 
@@ -35,8 +36,11 @@ def load_model(auto_class: Any, source: str, field: str) -> tuple[Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.type == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = auto_class.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model, report = auto_class.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError) as error:
         allowed = f"a folder or hub id with a tokenizer and safetensors weights ({describe_error(error)})"
         raise FieldError(field, source, allowed) from None

@@ -19,6 +19,7 @@ from mage_ray.merging.adapter import ORIGIN_FILE
 from mage_ray.models import load_tokenizer
 from mage_ray.objectives import score
 from mage_ray.objectives.classifier import Classifier
+from mage_ray.quiet import quiet_transformers
 from mage_ray.specs import RewardSpec
 from mage_ray.study import Study
 from mage_ray.training.calibration import (
@@ -128,7 +129,7 @@ def _export(run: Run, place: Path, checkpoint: Path, parts: Parts, origin: Mappi
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.id2label, model.config.label2id = {0: run.name}, {run.name: 0}
     tokenizer.model_max_length = spec.max_length
-    with atomic_path(place) as partial:
+    with quiet_transformers(), atomic_path(place) as partial:
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
         precision = "bfloat16" if uses_bfloat16(run.spec) else "float32"
