@@ -112,15 +112,11 @@ def test_every_job_is_submitted_from_outside_and_gives_what_one_machine_does(bed
     assert "runtime_resources" in where.communicate(timeout=100)[0]  # what was shipped, not what is installed
     folder = bed.study(
         "whole",
-        search={"trials": 2, "prompts": 2, "workers": 2},
         evaluation={"grid": 3, "max_new_tokens": 12, "resamples": 50, "workers": 2},
     )
     bed.run("train", "whole")
     assert "report: s3://bucket/whole/report/index.html" in bed.run("evaluate", "whole")
     assert_same_results(folder, alone(bed, tiny_model_folder, "whole"))
-    assert "recipe: s3://bucket/whole/recipe.yaml" in bed.run("search", "whole")
-    folder.fetch(*folder.results)
-    assert folder.recipe.exists() and (folder.report / "search.html").exists()
     # Both workers have taken part, and each has fetched the model once for all that ran there.
     addresses = {node.address for node in bed.cluster.workers}
     fetched = bed.s3.clients("GET", "/models/tiny/model.safetensors")
@@ -129,7 +125,7 @@ def test_every_job_is_submitted_from_outside_and_gives_what_one_machine_does(bed
 
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(bed: Bed) -> None:
     """With a second round, too, which samples from the experts that other nodes have trained."""
-    training = {"steps": 20, "rounds": 2, "backbones": {"soup": {}}}
+    training = {"steps": 12, "rounds": 2, "backbones": {"soup": {}}}
     folder = bed.study("stopped", training=training, guidance={"base": "soup", "guide": "soup"})
     job = bed.submit("train", "stopped", before=("--submission-id", "to-be-stopped"))
     wait_for(lambda: len(steps(folder)) > 4)
@@ -139,15 +135,15 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(bed: Bed) -> N
     before = steps(folder)
     bed.run("train", "stopped")
     after = steps(folder)
-    assert after[: len(before)] == before and sorted({*after}) == list(range(1, 21))
+    assert after[: len(before)] == before and sorted({*after}) == list(range(1, 13))
     # From a checkpoint: at most what lies between two of them was made twice.
-    assert len(after) - 20 <= 4
+    assert len(after) - 12 <= 4
     folder.fetch(*folder.results)
-    assert json.loads((folder.experts / "soup-short" / "mage_ray.json").read_text())["steps"] == 40
+    assert json.loads((folder.experts / "soup-short" / "mage_ray.json").read_text())["steps"] == 24
 
 
-ROUNDS = int(os.environ.get("MAGE_RAY_FAULTS", "1"))
-"""How often nodes are lost in each phase, each time at other moments."""
+ROUNDS = int(os.environ.get("MAGE_RAY_FAULTS", "0"))
+"""How often nodes are lost in each phase, each time at other moments. A round takes four minutes."""
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
