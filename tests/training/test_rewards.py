@@ -136,7 +136,7 @@ def test_a_paused_run_goes_on_as_an_unbroken_one(
     metrics = read_metrics(run.folder / METRICS)
     assert list(metrics) == [1, 2, 3, 4, 5, 6]
     assert metrics[1]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # The head says 0 at first.
-    unbroken = read_metrics(tmp_path / "whole" / name / METRICS)
+    unbroken = read_metrics(tmp_path / "whole" / "checkpoints" / name / METRICS)
     for step, entry in metrics.items():
         assert entry["loss"] == pytest.approx(unbroken[step]["loss"], rel=1e-4)
     one, other = weights_of(paused), weights_of(whole)
