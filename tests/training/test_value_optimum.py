@@ -24,6 +24,7 @@ from mage_ray.decoding.engine import Engine
 from mage_ray.decoding.plan import Plan, Row
 from mage_ray.decoding.request import Request, Sampling
 from mage_ray.decoding.runner import RowRunner
+from mage_ray.folder import StudyFolder
 from mage_ray.merging.adapter import load_adapter
 from mage_ray.merging.bank import AdapterBank
 from mage_ray.merging.value_head import Kind
@@ -141,7 +142,7 @@ def train(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         drawn = np.random.default_rng(6).choice(len(ANSWERS), steps * BATCH, p=list(task.base.values()))
         examples = [Example(Sample(TEXT, ANSWERS[i]), of(task.reward[ANSWERS[i]])) for i in drawn]
         place = tmp_path_factory.mktemp("checkpoints")
-        run = Run("value-early", study, place, {"early": 1.0}, examples=examples, values=study.values["final"])
+        run = Run("value-early", study, StudyFolder(place), {"early": 1.0}, examples=examples, values=study.values["final"])
         return fit(run, in_process=True)
 
     return model
