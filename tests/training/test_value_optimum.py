@@ -141,8 +141,8 @@ def train(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         study = valued_study(task.model, {"checkpoint_every": steps}, steps=steps, batch_size=BATCH, **how)
         drawn = np.random.default_rng(6).choice(len(ANSWERS), steps * BATCH, p=list(task.base.values()))
         examples = [Example(Sample(TEXT, ANSWERS[i]), of(task.reward[ANSWERS[i]])) for i in drawn]
-        place = tmp_path_factory.mktemp("checkpoints")
-        run = Run("value-early", study, StudyFolder(place), {"early": 1.0}, examples=examples, values=study.values["final"])
+        home = StudyFolder(tmp_path_factory.mktemp("home"))
+        run = Run("value-early", study, home, {"early": 1.0}, examples=examples, values=study.values["final"])
         return fit(run, in_process=True)
 
     return model
