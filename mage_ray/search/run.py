@@ -151,7 +151,8 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     trainable = tune.with_resources(trial, _WAITING)
     forget_failures(folder)
     # What Tune has saved lies on the node that it ran on, perhaps of a search that was forgotten elsewhere.
-    begun = json.loads((folder.search / "search.json").read_text()).get(_BEGUN)
+    claimed = folder.search / "search.json"
+    begun = json.loads(claimed.read_text()).get(_BEGUN) if claimed.exists() else None
     saved_by = folder.search / ".saved-by"
     ours = (saved_by.read_text() if saved_by.exists() else None) == begun
     # A search that was given up has no reports left, and Tune takes it for an ended one.
@@ -166,7 +167,8 @@ def run_trials(space: Space, folder: StudyFolder, engines: Sequence[Any], consol
     else:
         # Begun anew, a search proposes what it did, and finds the reports of the trials that have ended.
         folder.remove(place)
-        write_atomic(saved_by, str(begun))
+        if begun is not None:
+            write_atomic(saved_by, begun)
         halving = spec.rungs > 1
         tune_config = tune.TuneConfig(
             metric=spec.metrics[0] if halving else None,
