@@ -280,7 +280,7 @@ class Service:
 
         scored_by = [self.folder.rewards / name / file for name in self.study.reward_models for file in RECORDS]
         with suppress(UserError):  # what was there the last time
-            self.folder.fetch(self.folder.evaluation, *scored_by, patience=0)
+            self.folder.fetch(self.folder.evaluation, *scored_by, patient=False)
         methods = evaluated_front(self.folder.study, self.folder)
         note = "" if self.recipe is None else "with the study's own constants, not those of the recipe that is served"
         note = note if methods else "this study was not evaluated"

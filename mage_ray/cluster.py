@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 _log = logging.getLogger("mage_ray")
 
 _PUBLISHED_EVERY = 2.0
-"""Seconds."""
+"""Seconds between two times that a worker publishes what it has made."""
 _STARTS = 2
 """How often a cluster of our own is started: Ray gives its processes half a minute, which a busy machine may not."""
 
@@ -87,14 +87,12 @@ def run_shards(
     labels: Mapping[str, str],
     on_progress: Callable[[int], None],
 ) -> None:
-    """Deal ``shards`` to ``workers`` Ray tasks ``work(*common, [its shards])`` that share the cluster's CPUs.
+    """Deal ``shards`` to ``workers`` Ray tasks ``work(*common, [its shards])``.
 
-    They run on nodes that have the ``labels``.
-
-    ``work`` yields how many items it has finished since it last did; ``on_progress`` is told. Of ``folder`` it finds
-    what it ``reads`` on its node, and what it ``writes`` in the end is here. A task whose worker died is started again,
-    so ``work`` must skip what is already done. Raises the UserError that a task raised, or UserError
-    when a task died for good.
+    They share the CPUs of the nodes that have the ``labels``. Of ``folder`` a task finds on its node what it ``reads``,
+    and what it ``writes`` is here in the end. ``work`` yields how many items it has finished since it last did;
+    ``on_progress`` is told. A task whose worker died is started again, so ``work`` must skip what is already done.
+    Raises the UserError that a task raised, or UserError when a task died for good.
     """
     import ray
 

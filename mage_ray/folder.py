@@ -36,6 +36,8 @@ class StudyFolder:
         given = str(place).removeprefix("file://")
         self.place = given.rstrip("/") if is_url(given) else str(Path(given).absolute())
         self._copy = Copy(self.place, _copy_of(self.place)) if is_url(given) else None
+        # The same for those who rather go on with what is here than wait; made once, since each connects anew.
+        self._impatient = Copy(self.place, _copy_of(self.place), patience=0) if is_url(given) else None
         self._root = Path(self.place) if self._copy is None else self._copy.path
         self._part, self._shared = part, dict(shared)
         self.path = self._root / part
@@ -133,14 +135,14 @@ class StudyFolder:
         if self._copy is not None:
             self._copy.store.check(writing)
 
-    def fetch(self, *places: Path, patience: float | None = None) -> None:
-        """Have on this node what the storage has of these files and folders, or raise after ``patience`` seconds.
+    def fetch(self, *places: Path, patient: bool = True) -> None:
+        """Have on this node what the storage has of these files and folders; not ``patient``: now, or raise.
 
         Nothing to do where the folder is a path, which all nodes reach; the same is true of ``publish``. Both raise
         UserError.
         """
-        if self._copy is not None and places:
-            copy = self._copy if patience is None else Copy(self.place, self._copy.path, patience)
+        copy = self._copy if patient else self._impatient
+        if copy is not None and places:
             copy.fetch(*map(self.name_of, places))
 
     def publish(self, *places: Path) -> None:

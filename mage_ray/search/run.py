@@ -213,7 +213,7 @@ def _polled(folder: StudyFolder, trials: int, progress: Progress | None) -> Iter
         told = -1
         while progress is not None:
             with suppress(UserError):  # the trials will say it
-                if (tried := min(len(read_records(folder, patience=0)), trials)) != told:
+                if (tried := min(len(read_records(folder, patient=False)), trials)) != told:
                     progress(tried, trials)
                     told = tried
             if over.wait(1):

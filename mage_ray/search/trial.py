@@ -143,14 +143,14 @@ def forget_failures(folder: StudyFolder) -> None:
             folder.remove(path)
 
 
-def read_records(folder: StudyFolder, patience: float | None = None) -> list[dict[str, Any]]:
+def read_records(folder: StudyFolder, patient: bool = True) -> list[dict[str, Any]]:
     """The settings' last reports, in the order in which they began.
 
     Each has ``trial, config, began, ended`` and either ``error`` or ``recipe, rung, last`` (whether it was on all
     prompts), ``points`` [M, N] and ``scores``: the measures, and how many prompts, seconds and tokens they took.
     """
     place = folder.search / "trials"
-    folder.fetch(place, patience=patience)
+    folder.fetch(place, patient=patient)
     found = [json.loads(path.read_text()) for path in place.glob("*.json")]
     return sorted(found, key=lambda record: (record["began"], record["trial"]))
 

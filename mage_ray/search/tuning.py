@@ -203,7 +203,7 @@ class GivesUp(tune.Stopper):
             return False
         self._looked = time.monotonic()
         try:
-            records = read_records(self._folder, patience=0)
+            records = read_records(self._folder, patient=False)
         except UserError:  # the trials will say it
             return False
         return len(records) >= _FAILURES and all("error" in record for record in records)

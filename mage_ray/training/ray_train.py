@@ -104,7 +104,7 @@ def fit_all(
     def refresh() -> None:
         for run in runs:
             with suppress(UserError):  # the training will say it
-                run.home.fetch(run.metrics, patience=0)
+                run.home.fetch(run.metrics, patient=False)
 
     with shown(console, watched, refresh):
         threads = ThreadPoolExecutor(at_once)

@@ -149,7 +149,7 @@ def _watch(trainer: Any, run: Run, done: int, last: Path | None, rank: int, work
             step = done + state.global_step
             metrics = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
             if rank == 0:
-                run.metrics.parent.mkdir(parents=True, exist_ok=True)
+                run.folder.mkdir(parents=True, exist_ok=True)
                 now = time.monotonic()
                 with open(run.metrics, "a") as file:
                     file.write(json.dumps({"step": step, "seconds": round(now - self.started, 3)} | metrics) + "\n")

@@ -74,7 +74,11 @@ def test_they_are_what_the_operator_takes(name: str, kind: str) -> None:
     [schema] = [one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == "v1"]
     closed(schema)
     schema["properties"]["metadata"] = {"type": "object"}
-    jsonschema.Draft202012Validator(schema).validate(load(name))
+    takes = jsonschema.Draft202012Validator(schema)
+    manifest = load(name)
+    assert takes.is_valid(manifest), [error.message for error in takes.iter_errors(manifest)]
+    manifest["spec"]["unknown"] = 1
+    assert not takes.is_valid(manifest)
 
 
 def closed(schema: Any) -> None:

@@ -6,6 +6,7 @@ import pickle
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 from studies import trained_study
 
@@ -57,6 +58,19 @@ def test_what_travels_to_another_node_is_that_nodes_copy_there(
     within.fetch(within.normalisation)
     assert there.normalisation.exists()
     assert there.shown(there.recipe) == f"{url}/recipe.yaml"
+
+
+def test_who_looks_again_and_again_connects_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StudyFolder.open(url)
+    connected = []
+    connect = fsspec.core.url_to_fs
+    monkeypatch.setattr(
+        fsspec.core, "url_to_fs", lambda *given, **how: (connected.append(given), connect(*given, **how))[1]
+    )
+    for _ in range(3):
+        folder.fetch(folder.search, patient=False)
+        folder.fetch(folder.search)
+    assert len(connected) == 1  # the patient one was there
 
 
 def test_a_study_at_a_url_is_opened_anywhere(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
